@@ -1,0 +1,48 @@
+"""Calibration and evaluation tokens for any model's tokenizer."""
+
+import torch
+from torch import Tensor
+
+from course_utils.data.corpora import documents
+
+
+def evaluation_tokens(tokenizer, n_tokens: int, corpus: str = "factbook") -> Tensor:
+    """`[n_tokens]` tokens of the evaluation split: the start of each document, in equal shares.
+
+    A document shorter than its share is taken whole, and the longer ones give what it lacks. Raises
+    `ValueError` if the split does not hold so many tokens.
+    """
+    streams = [
+        tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids
+        for document in documents(corpus, "evaluation")
+    ]
+    available = sum(map(len, streams))
+    if not 1 <= n_tokens <= available:
+        raise ValueError(
+            f"cannot take {n_tokens} tokens: the evaluation split holds {available} of this "
+            "tokenizer's. Ask for at least one and at most that many."
+        )
+    lengths, wanted = {}, n_tokens
+    by_length = sorted(range(len(streams)), key=lambda i: len(streams[i]))
+    for place, i in enumerate(by_length):  # what a short document lacks, the longer ones give
+        lengths[i] = min(len(streams[i]), -(-wanted // (len(streams) - place)))
+        wanted -= lengths[i]
+    return torch.tensor([token for i, ids in enumerate(streams) for token in ids[: lengths[i]]])
+
+
+def calibration_tokens(tokenizer, sequences: int, length: int, *, seed: int = 0) -> Tensor:
+    """`[sequences, length]` tokens: windows at seeded random places of the calibration split.
+
+    No document of the calibration split is in the evaluation split (`corpora.split_of`), nor in the
+    training text of course-lm.
+    """
+    text = "\n\n".join(document.text for document in documents("factbook", "calibration"))
+    stream = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    if sequences < 1 or not 1 <= length <= len(stream):
+        raise ValueError(
+            f"cannot cut {sequences} sequences of {length} tokens from a text of {len(stream)}: "
+            "ask for at least one sequence, no longer than the text."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(stream) - length + 1, (sequences,), generator=generator)
+    return stream[starts[:, None] + torch.arange(length)]

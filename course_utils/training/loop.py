@@ -1,0 +1,232 @@
+"""The course's training loop: one plain loop for language models of every kind.
+
+Run as it is under `torchrun --nproc_per_node N`: each process then takes its share of every batch,
+and the loss curve is that of one process, to rounding.
+"""
+
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.std import tqdm
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run; everything that decides its result, beside model, data and loss.
+
+    The learning rate warms up linearly, stays constant, and decays linearly to zero over the last
+    `decay` steps (the warmup-stable-decay schedule of MiniCPM, Hu et al. 2024, arXiv 2404.06395).
+    Until the decay begins the run does not depend on `steps`, so it can be shortened or
+    prolonged from any checkpoint.
+
+    `patience`: stop after that many evaluations without a new best; the best weights are kept.
+    """
+
+    steps: int
+    lr: float = 1e-3
+    warmup: int = 100
+    decay: int = 0
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0
+    eval_every: int = 200
+    patience: int | None = None
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of the update number `step`, counted from 0."""
+        rate = min(1.0, (step + 1) / max(1, self.warmup))
+        if self.decay:
+            rate = min(rate, (self.steps - step) / self.decay)
+        return self.lr * rate
+
+
+def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats per token, of predicting `batch[:, 1:]` from `batch[:, :-1]`."""
+    logits = model(input_ids=batch[:, :-1]).logits  # [batch, context, vocabulary]
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+
+def train(
+    model: nn.Module,
+    batches: Callable[[int], Tensor],
+    config: TrainConfig,
+    *,
+    loss: Callable[[nn.Module, Tensor], Tensor] = next_token_loss,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    checkpoint: Path | None = None,
+    progress: bool = True,
+) -> list[dict]:
+    """Train `model` in place with AdamW; returns the curve, one row per `eval_every` steps.
+
+    `batches(step)` gives the whole batch of that step, `[batch, context + 1]`. A row holds `step`,
+    `loss` (mean training loss since the last row), `lr`, `seconds`, and `held_out` where
+    `evaluate(model)` is given; the weights with the lowest `held_out` are the ones left in `model`.
+    With `checkpoint`, a file, the state is saved there at every row, and a run that finds the
+    file goes on from it, bit for bit as if it had never stopped (if model and loss draw no random
+    numbers: dropout's are not part of the checkpoint).
+
+    Raises `ValueError` for `patience` without `evaluate`, a batch that the processes cannot share
+    equally, or another model's checkpoint; `FloatingPointError` when the loss is no longer finite.
+    """
+    if config.patience is not None and evaluate is None:
+        raise ValueError(f"patience={config.patience} watches the held-out loss: give evaluate too")
+    rank, world = _process_group(model)
+    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(model, config), lr=config.lr, betas=config.betas
+    )
+    curve: list[dict] = []
+    best = _weights(model)
+    start = 0
+    if checkpoint is not None and checkpoint.exists():
+        start, curve, best = _load_checkpoint(checkpoint, model, optimizer)
+    since, losses = time.monotonic(), []
+
+    bar = tqdm(range(start, config.steps), initial=start, total=config.steps,
+               disable=rank > 0 or not progress, mininterval=1.0)  # fmt: skip
+    for step in bar:
+        if _exhausted(curve, config.patience):
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr_at(step)
+        model.train()
+        value = loss(parallel, _share(batches(step), rank, world))
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        losses.append(_mean_over_processes(value.detach(), world))
+
+        if (step + 1) % config.eval_every and step + 1 != config.steps:
+            continue
+        row = {
+            "step": step + 1,
+            "loss": torch.stack(losses).mean().item(),
+            "lr": config.lr_at(step),
+        }
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(
+                f"the training loss is {row['loss']} before step {step + 1}: lower lr={config.lr:g} "
+                f"or clip={config.clip:g}, or warm up longer. The last checkpoint was left as it is."
+            )
+        if evaluate is not None:
+            model.eval()
+            row["held_out"] = evaluate(model)
+            if row["held_out"] < min((r["held_out"] for r in curve), default=float("inf")):
+                best = _weights(model)
+        row["seconds"] = round(time.monotonic() - since, 1)
+        curve.append(row)
+        since, losses = time.monotonic(), []
+        bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "held_out") if k in row})
+        if checkpoint is not None and rank == 0:
+            _save_checkpoint(checkpoint, model, optimizer, step + 1, curve, best)
+    if evaluate is not None:
+        model.load_state_dict(best, strict=False)
+    model.eval()
+    return curve
+
+
+def _process_group(model: nn.Module) -> tuple[int, int]:
+    """(rank, world size): those of torchrun where it started this process, else (0, 1)."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        on_gpu = next(model.parameters()).is_cuda
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _share(batch: Tensor, rank: int, world: int) -> Tensor:
+    """Every `world`-th sequence. Gradients are averaged over processes, so shares must be equal."""
+    if len(batch) % world:
+        raise ValueError(
+            f"a batch of {len(batch)} sequences cannot be shared equally by {world} processes: "
+            "choose a batch size that the number of processes divides."
+        )
+    return batch[rank::world]
+
+
+def _mean_over_processes(value: Tensor, world: int) -> Tensor:
+    if world > 1:
+        dist.all_reduce(value)
+    return value / world
+
+
+def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
+    """Matrices are decayed; gains, biases and other vectors are not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _exhausted(curve: list[dict], patience: int | None) -> bool:
+    if patience is None or len(curve) <= patience:
+        return False
+    held_out = [row["held_out"] for row in curve]
+    return min(held_out[-patience:]) >= min(held_out[:-patience])
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def _save_checkpoint(path, model, optimizer, step, curve, best) -> None:
+    """One safetensors file, written beside its place and renamed: never half of a checkpoint."""
+    tensors = {f"best.{name}": value for name, value in best.items()}
+    for name, parameter in model.named_parameters():
+        tensors[f"model.{name}"] = parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}.{name}"] = value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        partial = Path(scratch) / path.name
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial,
+                  metadata={"step": str(step), "curve": json.dumps(curve)})  # fmt: skip
+        os.replace(partial, path)
+
+
+def _load_checkpoint(path, model, optimizer) -> tuple[int, list[dict], dict[str, Tensor]]:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        state: dict[str, dict[str, Tensor]] = {}
+        for full_name in file.keys():  # noqa: SIM118 (no dictionary)
+            key, name = full_name.split(".", 1)
+            state.setdefault(key, {})[name] = file.get_tensor(full_name)
+    best = state.pop("best")
+    shapes = {name: list(value.shape) for name, value in state["model"].items()}
+    expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    if shapes != expected:
+        differing = sorted(n for n in shapes | expected if shapes.get(n) != expected.get(n))
+        raise ValueError(
+            f"{path} is the checkpoint of another model ({differing[0]} is {shapes.get(differing[0])} "
+            f"there, {expected.get(differing[0])} here): move it away to start anew."
+        )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(state["model"][name])
+            kept = {key: of[name] for key, of in state.items() if key != "model" and name in of}
+            if kept:  # AdamW keeps its step counter on the CPU, its moments beside the parameter
+                optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device)
+                    for key, value in kept.items()
+                }
+    return int(metadata["step"]), json.loads(metadata["curve"]), best
+
+
+def settings(config: TrainConfig) -> dict:
+    """The configuration as plain JSON, for logs and model cards."""
+    return asdict(config)
