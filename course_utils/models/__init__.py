@@ -1,0 +1,13 @@
+"""Language models of the course: one way to load each, one way to walk their linear layers."""
+
+from course_utils.models.registry import LoadedModel, ModelUnavailable, load_model
+from course_utils.models.walk import LinearLayer, linear_layers, replace_module
+
+__all__ = [
+    "LinearLayer",
+    "LoadedModel",
+    "ModelUnavailable",
+    "linear_layers",
+    "load_model",
+    "replace_module",
+]
