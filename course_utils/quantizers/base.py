@@ -1,0 +1,125 @@
+"""The one shape of every quantization method: `QuantizedWeight`, `Method`, `QuantizedLinear`."""
+
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Protocol
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight `[out, in]` as it is stored: packed integer codes and all that decoding needs.
+
+    A method derives its own from this; every field that is a tensor is stored, and counted.
+    """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored: the sum over `tensors()`, scales and all."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight that this stands for."""
+        raise NotImplementedError
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Measured, not nominal: stored bits over the number of weights."""
+        out, columns = self.shape
+        return 8 * self.nbytes / (out * columns)
+
+    def dequantize(self) -> Tensor:
+        """The weight `[out, in]` in float32 that the stored codes stand for."""
+        raise NotImplementedError
+
+
+class Method(Protocol):
+    """A quantization method with its settings: a frozen dataclass registered by name.
+
+    The fields of the dataclass are the settings, and are what is saved with a model.
+    """
+
+    name: ClassVar[str]
+    weight_type: ClassVar[type[QuantizedWeight]]
+
+    def quantize(self, weight: Tensor) -> QuantizedWeight:
+        """Codes of a float `weight` `[out, in]`."""
+
+    def linear(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        """`x @ weight.T + bias` for `x` `[tokens, in]`, in the dtype of `x`: how inputs are treated."""
+
+
+METHODS: dict[str, type] = {}
+
+
+def register(method: type) -> type:
+    """Class decorator: make a method known by its `name`."""
+    if method.name in METHODS:
+        raise ValueError(f"a method named {method.name!r} is registered already")
+    METHODS[method.name] = method
+    return method
+
+
+def get_method(name: str, **settings) -> Method:
+    """The method registered as `name`, with these settings."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}: choose one of {', '.join(sorted(METHODS))}")
+    return METHODS[name](**settings)
+
+
+def check_weight(weight: Tensor) -> None:
+    """Refuse what no method can quantize: not a matrix, empty, not float, NaN or infinite."""
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise ValueError(
+            f"a weight is a matrix [out, in] with no empty side, got {tuple(weight.shape)}"
+        )
+    if not weight.is_floating_point():
+        raise TypeError(
+            f"a weight to quantize is float, got {weight.dtype}: is it quantized already?"
+        )
+    bad = ~weight.float().isfinite()
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{int(bad.sum())} of {weight.numel()} weights are not finite in float32, the first is "
+            f"{weight[row, column].item()} at [{row}, {column}]: repair the checkpoint."
+        )
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer that holds a `QuantizedWeight` and nothing of the float weight."""
+
+    def __init__(self, method: Method, weight: QuantizedWeight, bias: Tensor | None):
+        super().__init__()
+        self.method = method
+        self._stored = tuple(weight.tensors())
+        self._layout = replace(weight, **dict.fromkeys(self._stored))  # all but the tensors
+        self.out_features, self.in_features = weight.shape
+        for name, tensor in weight.tensors().items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("bias", bias)
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight:
+        """The weight, over the module's own buffers (so it follows `.to(device)`)."""
+        return replace(self._layout, **{name: getattr(self, name) for name in self._stored})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` `[..., in]` to `[..., out]`."""
+        if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
+            raise ValueError(
+                f"inputs of this layer are float [..., {self.in_features}], got {x.dtype} {tuple(x.shape)}"
+            )
+        flat = x.reshape(-1, self.in_features)
+        y = self.method.linear(flat, self.quantized_weight, self.bias)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        bits = self.quantized_weight.bits_per_weight
+        return f"{self.in_features}, {self.out_features}, {bits:.3f} bits per weight, {self.method}"

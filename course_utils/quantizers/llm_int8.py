@@ -1,0 +1,114 @@
+"""LLM.int8(): vector-wise int8 with the outlier features kept in float.
+
+Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", arXiv
+2208.07339, sections 3.1 and 3.2. Built step by step in `chronology/llm_int8_demo`. The codes and the
+row statistics are bit for bit those of bitsandbytes.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from course_utils.kernels import int8_matmul
+from course_utils.quantizers.base import QuantizedWeight, check_weight, register
+
+
+def vectorwise_quantize(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Absmax int8 quantization of each row of `x` `[rows, columns]`.
+
+    Returns the codes (int8 `[rows, columns]`, -127..127, rounded half to even), the rows' absmax
+    (float32 `[rows]`), and the outlier columns (int64). With a positive `threshold`, an entry of
+    magnitude >= threshold is an outlier and its column an outlier column: absmax is taken without the
+    outlier entries, and the codes of outlier columns are 0. A row whose absmax is 0, or so small that
+    127 / absmax overflows float32 (below 3.8e-37), has codes 0.
+    """
+    x = x.float()
+    outliers = torch.empty(0, dtype=torch.int64, device=x.device)
+    if threshold > 0:
+        is_outlier = x.abs() >= threshold
+        outliers = is_outlier.any(0).nonzero().flatten()
+        x = x.masked_fill(is_outlier, 0)
+    absmax = x.abs().amax(1)
+    inverse = 127 / absmax
+    inverse = torch.where(inverse.isfinite(), inverse, 0)[:, None]
+    codes = (x * inverse).round().to(torch.int8)
+    codes[:, outliers] = 0
+    return codes, absmax, outliers
+
+
+@dataclass(frozen=True)
+class Int8Weight(QuantizedWeight):
+    """Row-wise int8 codes; `original` holds the float16 weight too in the paper's form."""
+
+    codes: Tensor  # int8 [out, in]
+    absmax: Tensor  # float32 [out]
+    original: Tensor | None = None  # float16 [out, in]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.codes.shape)
+
+    def dequantize(self, columns: Tensor | slice = slice(None)) -> Tensor:
+        """The weight in float32, or some `columns` of it: code * absmax / 127."""
+        return self.codes[:, columns].float() * self.absmax[:, None] * (1 / 127)
+
+
+@register
+@dataclass(frozen=True)
+class LLMInt8:
+    """LLM.int8() and, with `threshold=0`, plain vector-wise int8.
+
+    `threshold`: inputs of this magnitude and more make their feature an outlier; 6.0 in the paper.
+    `outlier_weights`: what the outlier features are multiplied with. "dequantized" takes the int8
+    columns, as bitsandbytes does: 1 byte a weight is stored. "original" takes the float16 columns of the
+    unquantized weight, as the paper's equation 8 says. Which columns will be needed depends on the
+    input, so all of them are kept beside the codes: 3 bytes a weight, more than float16 itself.
+    """
+
+    threshold: float = 6.0
+    outlier_weights: Literal["dequantized", "original"] = "dequantized"
+    name: ClassVar[str] = "llm_int8"
+    weight_type: ClassVar[type] = Int8Weight
+
+    def __post_init__(self):
+        if not 0 <= self.threshold < float("inf"):
+            raise ValueError(
+                f"threshold {self.threshold} must be 0 (no decomposition) or positive; the paper's is 6.0"
+            )
+        if self.outlier_weights not in ("dequantized", "original"):
+            raise ValueError(
+                f"outlier_weights {self.outlier_weights!r}: choose 'dequantized' or 'original'"
+            )
+
+    def quantize(self, weight: Tensor) -> Int8Weight:
+        """Codes and absmax of each row of `weight` `[out, in]`, that is of each output."""
+        check_weight(weight)
+        codes, absmax, _ = vectorwise_quantize(weight)
+        original = weight.half() if self.outlier_weights == "original" else None
+        if original is not None and not original.isfinite().all():
+            raise ValueError(
+                f"weights up to {absmax.max():.6g} do not fit into float16 (65504): "
+                "use outlier_weights='dequantized'."
+            )
+        return Int8Weight(codes, absmax, original)
+
+    def linear(self, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+        """Equation 8 of the paper: int8 product of the regular features, float product of the outliers.
+
+        `x` `[tokens, in]` float. A NaN or an infinity in `x` makes its row of the output NaN or
+        infinite, as in a float layer.
+        """
+        codes, absmax, outliers = vectorwise_quantize(x, self.threshold)
+        product = int8_matmul(codes, weight.codes)  # int32 [tokens, out]
+        y = product * (absmax[:, None] * weight.absmax) * (1 / 127**2)
+        if bias is not None:
+            y += bias
+        if len(outliers):
+            if weight.original is None:
+                columns = weight.dequantize(outliers)
+            else:
+                columns = weight.original[:, outliers].float()
+            y += x[:, outliers].float() @ columns.T
+        return y.to(x.dtype)
