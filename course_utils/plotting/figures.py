@@ -1,0 +1,85 @@
+"""Figures that more than one notebook draws, or that would drown a cell in plotting code."""
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from course_utils.plotting.style import COLOURS, new_figure, styled
+
+
+@styled
+def codes_against_outlier(row: Tensor, outliers: list[float]) -> Figure:
+    """Histograms of the int8 codes of `row` `[n]` when its last entry is replaced by each outlier."""
+    figure, axes = new_figure(1, len(outliers), height=2.8, sharey=True)
+    for axis, outlier in zip(np.atleast_1d(axes), outliers, strict=True):
+        changed = row.clone()
+        changed[-1] = outlier
+        codes = (changed * (127 / changed.abs().max())).round()
+        axis.hist(codes.numpy(), bins=np.arange(-127.5, 128.5, 5), color=COLOURS["blue"])
+        used = len(codes[:-1].unique())
+        axis.set_title(f"largest entry {outlier:g}: {used} codes used", fontsize=10)
+        axis.set_xlabel("int8 code")
+        axis.set_yscale("log")
+    np.atleast_1d(axes)[0].set_ylabel("entries")
+    return figure
+
+
+@styled
+def feature_maxima(panels: dict[str, Tensor], threshold: float) -> Figure:
+    """Largest |x| of every input feature, one panel per title, with the threshold as a line."""
+    figure, axes = new_figure(1, len(panels), height=3.2, squeeze=False)
+    for axis, (title, maxima) in zip(axes[0], panels.items(), strict=True):
+        features = torch.arange(len(maxima))
+        above = maxima >= threshold
+        axis.scatter(features[~above], maxima[~above], s=6, color=COLOURS["blue"], label="regular")
+        axis.scatter(features[above], maxima[above], s=22, color=COLOURS["red"], marker="^",
+                     label="outlier feature")  # fmt: skip
+        axis.axhline(
+            threshold, color=COLOURS["grey"], linestyle="--", label=f"threshold {threshold:g}"
+        )
+        axis.set_yscale("log")
+        axis.set_title(title)
+        axis.set_xlabel("input feature")
+    axes[0][0].set_ylabel("largest |x| over the tokens")
+    axes[0][-1].legend(loc="lower right", fontsize=8, ncols=3)
+    return figure
+
+
+@styled
+def error_against_threshold(
+    kept: list[int], errors: dict[str, list[float]], thresholds: list
+) -> Figure:
+    """Relative output error (log scale) against the number of float columns; thresholds annotated."""
+    figure, axis = new_figure(height=3.6)
+    for (label, values), colour in zip(errors.items(), COLOURS.values(), strict=False):
+        axis.plot(kept, values, marker="o", color=colour, label=label)
+    labels: dict[tuple[int, float], list[str]] = {}
+    for x, y, threshold in zip(kept, next(iter(errors.values())), thresholds, strict=True):
+        labels.setdefault((x, y), []).append("none" if threshold is None else f"{threshold:g}")
+    for place, names in labels.items():
+        axis.annotate(", ".join(names), place, textcoords="offset points", xytext=(0, -14),
+                      ha="left" if place[0] == 0 else "center", fontsize=8)  # fmt: skip
+    axis.set_xscale("symlog")
+    axis.set_yscale("log")
+    axis.set_xlabel("feature columns kept in float (labels: the threshold)")
+    axis.set_ylabel("relative output error")
+    axis.legend()
+    return figure
+
+
+@styled
+def relative_bars(groups: dict[str, dict[str, float]], ylabel: str) -> Figure:
+    """Bars by group, each divided by the group's first: `groups[group][variant] = value`."""
+    figure, axis = new_figure(height=3.2)
+    variants = list(next(iter(groups.values())))
+    width = 0.8 / len(variants)
+    for i, (variant, colour) in enumerate(zip(variants, COLOURS.values(), strict=False)):
+        values = [group[variant] / group[variants[0]] for group in groups.values()]
+        places = np.arange(len(groups)) + (i - (len(variants) - 1) / 2) * width
+        bars = axis.bar(places, values, width, label=variant, color=colour)
+        axis.bar_label(bars, fmt="%.2f", fontsize=8)
+    axis.set_xticks(range(len(groups)), list(groups))
+    axis.set_ylabel(ylabel)
+    axis.legend(fontsize=8)
+    return figure

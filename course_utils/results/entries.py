@@ -1,0 +1,220 @@
+"""Entries of measured values: one JSON object each, written by runs, merged by `accept`.
+
+An entry is known by its key, profile and model together: the same quantity measured in two profiles
+is two entries, and measuring it again in one replaces it.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import numbers
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+import course_utils
+
+KEY = re.compile(r"[a-z][a-z0-9_]*(\.[A-Za-z0-9_-]+)+")
+FIELDS = (
+    "key", "value", "unit", "tolerance", "profile", "model", "device", "versions", "commit", "protocol"
+)  # fmt: skip
+_context: dict[str, str | None] = {"profile": None, "model": None, "device": "cpu"}
+
+
+def set_context(
+    *, profile: str | None = None, model: str | None = None, device: str | None = None
+) -> None:
+    """Say where the values recorded from now on come from; what is not given stays as it was.
+
+    `profiles.resolve` sets profile and device.
+    """
+    given = {"profile": profile, "model": model, "device": device}
+    _context.update({name: value for name, value in given.items() if value is not None})
+
+
+def record(
+    key: str,
+    value: float,
+    unit: str = "",
+    tolerance: float | None = None,
+    *,
+    model: str | None = None,
+    **protocol: str | float | bool | None,
+) -> None:
+    """Write one measured value to `$COURSE_RUNS/results` (default `runs/results`).
+
+    `key`: dotted, as `llm_int8.course-lm.int8.perplexity`; its first part names the file that the
+    value will be accepted into. `tolerance`: how far, in `unit`, a later run may lie from the
+    accepted value; 0 asks for the same value, None (a timing) says that it is not compared. `model`
+    defaults to the context's; `protocol` is what another needs to measure the same again.
+    Raises `ValueError` for a bad key, a value that is no finite number, a bad tolerance, a protocol
+    that is not JSON, or when no profile is known.
+    """
+    entry = {
+        "key": key,
+        "value": value,
+        "unit": unit,
+        "tolerance": tolerance,
+        "profile": _context["profile"] or os.environ.get("COURSE_PROFILE"),
+        "model": model or _context["model"],
+        "device": _context["device"],
+        "versions": _versions(),
+        "commit": _commit(),
+        "protocol": protocol,
+    }
+    _validate(entry, where=f"record({key!r})")
+    name = hashlib.sha256(repr(_identity(entry)).encode()).hexdigest()[:12]
+    _write_json(_runs_folder() / f"{key}.{name}.json", entry)
+
+
+def list_runs() -> list[dict]:
+    """Entries recorded in `$COURSE_RUNS/results`, ordered by key, profile and model."""
+    return sorted(map(_read_entry, _runs_folder().glob("*.json")), key=_identity)
+
+
+def accepted(root: Path) -> list[dict]:
+    """Accepted entries, those of `root/results`, ordered by key, profile and model."""
+    entries = []
+    for file in (Path(root) / "results").glob("*.json"):
+        if file.name != "tables.json":
+            for entry in _read_json(file):
+                _validate(entry, where=str(file))
+                entries.append(entry)
+    return sorted(entries, key=_identity)
+
+
+def accept(root: Path, runs: list[dict] | None = None) -> list[dict]:
+    """Merge run entries (default: `list_runs()`) into `root/results`; returns those entries.
+
+    An accepted entry of the same key, profile and model is replaced; all others stay.
+    """
+    runs = list_runs() if runs is None else runs
+    if not runs:
+        raise ValueError(
+            f"nothing to accept: no entries in {_runs_folder()}. Run a notebook first."
+        )
+    merged = {_identity(entry): entry for entry in [*accepted(root), *runs]}
+    for part in sorted({_part(entry["key"]) for entry in runs}):
+        of_part = [merged[i] for i in sorted(merged) if _part(merged[i]["key"]) == part]
+        _write_json(Path(root) / "results" / f"{part}.json", of_part)
+    return runs
+
+
+def compare(root: Path, runs: list[dict] | None = None) -> list[str]:
+    """What run entries (default: `list_runs()`) say otherwise than the accepted ones, a line each.
+
+    Values are compared within the *accepted* tolerance: a run cannot loosen its own. Entries that
+    were never accepted, or were accepted without a tolerance, are not compared.
+    """
+    known = {_identity(entry): entry for entry in accepted(root)}
+    deviations = []
+    for run in list_runs() if runs is None else runs:
+        entry = known.get(_identity(run))
+        if entry is None or entry["tolerance"] is None:
+            continue
+        off = abs(run["value"] - entry["value"])
+        if off > entry["tolerance"] or run["unit"] != entry["unit"]:
+            deviations.append(
+                f"{run['key']} (profile {run['profile']}, model {run['model']}): "
+                f"{run['value']:.6g} {run['unit']} is {off:.3g} from the accepted "
+                f"{entry['value']:.6g} {entry['unit']}, tolerance {entry['tolerance']:g}"
+            )
+    return deviations
+
+
+def _identity(entry: dict) -> tuple[str, str, str]:
+    return entry["key"], entry["profile"], entry["model"] or ""
+
+
+def _part(key: str) -> str:
+    return key.split(".", 1)[0]
+
+
+def _runs_folder() -> Path:
+    return Path(os.environ.get("COURSE_RUNS", "runs")) / "results"
+
+
+def _validate(entry: dict, where: str) -> None:
+    if set(entry) != set(FIELDS):
+        raise ValueError(
+            f"{where}: an entry has the fields {', '.join(FIELDS)}; found {', '.join(entry)}"
+        )
+    key, value, tolerance = entry["key"], entry["value"], entry["tolerance"]
+    if not isinstance(key, str) or not KEY.fullmatch(key):
+        raise ValueError(
+            f"{where}: key {key!r} must be at least two parts joined by dots, of letters, digits, _ "
+            "and -, the first in lower case, as llm_int8.course-lm.int8.perplexity"
+        )
+    _require_number(value, f"{where}: value")
+    if tolerance is not None:
+        _require_number(tolerance, f"{where}: tolerance")
+        if tolerance < 0:
+            raise ValueError(f"{where}: tolerance {tolerance} must not be negative")
+    if not entry["profile"]:
+        raise ValueError(f"{where}: no profile is known; call profiles.resolve(...) first")
+    try:
+        json.dumps(entry["protocol"], allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: the protocol must be plain finite JSON values: {error}"
+        ) from error
+
+
+def _require_number(value, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{what} {value!r} must be a number; for a tensor give its .item()")
+    if not math.isfinite(value):
+        raise ValueError(
+            f"{what} {value!r} must be finite: find out what went wrong, do not record it"
+        )
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    packages = ("torch", "numpy", "transformers")
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+        "course_utils": course_utils.__version__,
+    }
+
+
+@functools.cache
+def _commit() -> str:
+    """Commit of the checkout that this package lies in, marked if it is modified; else its version."""
+    checkout = Path(course_utils.__file__).parent.parent
+    version = f"v{course_utils.__version__}"
+    if not (checkout / ".git").exists() or shutil.which("git") is None:
+        return version
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    run = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+    return run.stdout.strip() or version  # a checkout without any commit describes nothing
+
+
+def _read_entry(file: Path) -> dict:
+    entry = _read_json(file)
+    _validate(entry, where=str(file))
+    return entry
+
+
+def _read_json(file: Path):
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON ({error}): delete it and run again") from error
+
+
+def _write_json(path: Path, content) -> None:
+    """Write under a temporary name and rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=1, allow_nan=False, default=float) + "\n"
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as scratch:
+        partial = Path(scratch) / path.name
+        partial.write_text(text, "utf-8")
+        os.replace(partial, path)
