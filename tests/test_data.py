@@ -134,9 +134,24 @@ def test_calibration_tokens_depend_on_the_seed_alone(tokenizer):
 
 
 def test_evaluation_tokens_take_the_start_of_every_document(tokenizer, splits):
-    tokens = evaluation_tokens(tokenizer, 1501)
-    starts = [tokenizer(d.text[:200]).input_ids for d in splits["factbook"]["evaluation"]]
-    assert tokens.tolist() == starts[0][:101] + [i for start in starts[1:] for i in start[:100]]
+    tokens = evaluation_tokens(tokenizer, 1500)
+    starts = [tokenizer(d.text[:1000]).input_ids[:100] for d in splits["factbook"]["evaluation"]]
+    assert tokens.tolist() == [i for start in starts for i in start]
+
+
+def test_longer_documents_give_what_short_ones_lack(tokenizer, splits):
+    texts = [tokenizer(d.text).input_ids for d in splits["factbook"]["evaluation"]]
+    n_tokens = len(texts) * min(map(len, texts)) + 999
+    tokens = evaluation_tokens(tokenizer, n_tokens).tolist()
+    assert len(tokens) == n_tokens
+    taken = []
+    for ids in texts:  # each document's share ends where the next one begins
+        share = next(k for k in range(len(ids), -1, -1) if tokens[:k] == ids[:k])
+        taken.append(share)
+        tokens = tokens[share:]
+    assert not tokens and min(map(len, texts)) in taken
+    cut = [share for share, ids in zip(taken, texts, strict=True) if share < len(ids)]
+    assert max(cut) - min(cut) <= 1
 
 
 def test_more_tokens_than_there_are(tokenizer):

@@ -92,7 +92,7 @@ def test_calibration_of_a_wrong_shape_or_dtype_is_refused(calibration, message):
 @pytest.mark.parametrize("n_tokens", [0, -5])
 def test_no_evaluation_tokens_are_refused(n_tokens):
     with pytest.raises(ValueError, match=f"cannot take {n_tokens} tokens: .*at least one"):
-        evaluation_tokens(None, n_tokens)
+        evaluation_tokens(load_model("course-lm").tokenizer, n_tokens)
 
 
 # Saved quantized models
