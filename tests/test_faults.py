@@ -299,8 +299,10 @@ def test_a_build_that_fails_leaves_nothing_and_can_be_repeated(cache):
 
 # Another process that builds the same: `python -c BUILD <name> <seconds>`, with COURSE_CACHE set
 BUILD = """
-import sys, time
+import signal, sys, time
 from course_utils.cache import cache_dir, cached
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 def build(target):
     with (cache_dir() / "builds").open("a") as log:

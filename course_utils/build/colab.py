@@ -1,14 +1,14 @@
 """The notebooks as Google Colab runs them, without Colab.
 
 A runtime of Colab is a list of installed packages: `tests/colab/<runtime>.txt`, as Google publishes
-it. Here it becomes an environment that holds those of them that the course and its kernel depend on, at
-Colab's versions. The course's package is not among them: each notebook's set-up cell has to bring
+it. Here it becomes an environment that holds those of them that the course depends on, at Colab's
+versions. The course's package is not among them: each notebook's set-up cell has to bring
 it, as an archive like GitHub's, from a server on this machine. What was there before must be there
 afterwards, in the same version.
 
-Not Colab's are torch, whose build for this machine is the one in constraints.txt, the version of
-Python, and the hundreds of packages that the course never touches. Colab's own image has them
-all: give its Python to `run_on_python`.
+Not Colab's are torch, which is taken as constraints.txt has it (with sympy and setuptools, of which it
+asks for newer ones), the version of Python, and the hundreds of packages that the course never
+touches. Colab's own image has them all: give its Python to `run_on_python`.
 """
 
 import json
@@ -37,9 +37,6 @@ from course_utils.build.notebooks import Notebook, from_script
 from course_utils.build.standard_cells import SETUP
 
 LISTS = "tests/colab"
-KERNEL = ("pip", "accelerate", "ipykernel", "ipython", "ipywidgets", "jupyter-client", "nbclient")
-# torch 2.13 asks for a newer setuptools than Colab has, beside Colab's own torch.
-NOT_COLABS = ("torch", "setuptools")
 Versions = dict[str, str]  # package, as pip normalises its name -> version
 
 
@@ -128,13 +125,14 @@ def run_on_python(
 def make_environment(root: Path, folder: Path, pins: Versions) -> Path:
     """The Python of an environment with a runtime's packages, without the course's own.
 
-    It is kept in `folder` and used again, without what was added to it, until the runtime's list,
-    constraints.txt or the package's requirements change.
+    Of the runtime's list it has what constraints.txt, where all lies that the course depends on, has
+    too. It is kept in `folder` and used again, without what was added to it, until one of them changes.
     """
-    pins = {name: version for name, version in pins.items() if name not in NOT_COLABS}
-    pins["torch"] = read_pins(root / "constraints.txt")["torch"]
-    named = [canonicalize_name(requirement.name) for requirement in _requirements(root)]
-    wanted = [name for name in dict.fromkeys([*KERNEL, *named]) if name in pins]
+    tested = read_pins(root / "constraints.txt")
+    # torch as tested asks for newer ones of these than Colab has beside its own torch.
+    own = {name: version for name, version in pins.items() if name not in ("setuptools", "sympy")}
+    wanted = ["pip", *sorted(own.keys() & tested.keys())]
+    pins = own | {"torch": tested["torch"]}
     asked = json.dumps([wanted, pins, sys.version])
     environment, made = folder / "environment", folder / "environment.json"
     python = environment / ("Scripts" if os.name == "nt" else "bin") / "python"
@@ -185,6 +183,7 @@ def colab_variables(address: str) -> dict[str, str]:
         "COLAB_RELEASE_TAG": "release-colab-external",
         "COURSE_UTILS_SPEC": address,
         "PYTHONPATH": "",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else Colab's debugger warns of frozen modules
     }
 
 
