@@ -57,8 +57,8 @@ def test_int8_matmul_is_exact_at_the_extremes(columns):
 
 
 def test_int8_matmul_refuses_what_could_overflow_or_is_no_code():
-    long = torch.zeros(1, 131_073, dtype=torch.int8)
-    with pytest.raises(ValueError, match="131073 columns could overflow"):
+    long = torch.zeros(1, 131_072, dtype=torch.int8)
+    with pytest.raises(ValueError, match="131072 columns could overflow"):
         int8_matmul(long, long)
     with pytest.raises(TypeError, match=r"torch\.float32"):
         int8_matmul(torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.int8))

@@ -11,7 +11,8 @@ EXACT_COLUMNS = 2**24 // 128**2
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b.T` of int8 `a` `[m, k]` and `b` `[n, k]`, accumulated in int32: `[m, n]` int32.
 
-    Exact for k up to 2^31 / 128^2 = 131,072, where an int32 sum could overflow; longer ones are refused.
+    Exact for k up to (2^31 - 1) // 128^2 = 131,071; beyond that an int32 sum could overflow, so longer
+    ones are refused.
     Computed piece by piece in float32, which is exact for pieces of 1,024 columns and takes a CPU's
     fastest matrix product; the pieces are added as int32.
     """
@@ -21,7 +22,7 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
         raise ValueError(
             f"int8_matmul needs [m, k] and [n, k], got {tuple(a.shape)}, {tuple(b.shape)}"
         )
-    if a.shape[1] > 2**31 // 128**2:
+    if a.shape[1] > (2**31 - 1) // 128**2:
         raise ValueError(f"{a.shape[1]} columns could overflow an int32 sum: split the product")
     total = torch.zeros(len(a), len(b), dtype=torch.int32, device=a.device)
     for left, right in zip(a.split(EXACT_COLUMNS, 1), b.split(EXACT_COLUMNS, 1), strict=True):

@@ -110,6 +110,15 @@ class QuantizedLinear(nn.Module):
         """The weight, over the module's own buffers (so it follows `.to(device)`)."""
         return replace(self._layout, **{name: getattr(self, name) for name in self._stored})
 
+    def _apply(self, fn, recurse: bool = True):
+        """Follow the model to its device, but not to its dtype: scales are what the method stored."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., in]` to `[..., out]`."""
         if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():

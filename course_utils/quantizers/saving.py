@@ -16,7 +16,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from course_utils.models.walk import LinearLayer, replace_module
-from course_utils.quantizers.base import Method, QuantizedLinear, QuantizedWeight, get_method
+from course_utils.quantizers.base import Method, QuantizedLinear, get_method
 
 FORMAT = "course_utils"
 
@@ -67,7 +67,7 @@ class CourseQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
         for name, layout in self.quantization_config.layers.items():
-            if _digest(model.get_submodule(name).quantized_weight) != layout.get("sha256"):
+            if _digest(model.get_submodule(name)) != layout.get("sha256"):
                 raise ValueError(
                     f"the file of the weights does not hold layer {name} as it was saved: it is not whole, "
                     "or was altered. Save the quantized model again."
@@ -113,14 +113,14 @@ def _layout(module: QuantizedLinear) -> dict:
             f.name: getattr(weight, f.name) for f in fields(weight) if f.name not in tensors
         },
         "bias": None if module.bias is None else _spec(module.bias),
-        "sha256": _digest(weight),
+        "sha256": _digest(module),
     }
 
 
-def _digest(weight: QuantizedWeight) -> str:
-    """SHA-256 of all stored tensors' bytes, in their order."""
+def _digest(module: QuantizedLinear) -> str:
+    """SHA-256 of the bytes of all the layer's tensors, in their order."""
     digest = hashlib.sha256()
-    for tensor in weight.tensors().values():
+    for tensor in module.buffers():
         digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
