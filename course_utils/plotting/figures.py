@@ -18,7 +18,7 @@ def codes_against_outlier(row: Tensor, outliers: list[float]) -> Figure:
         codes = (changed * (127 / changed.abs().max())).round()
         axis.hist(codes.numpy(), bins=np.arange(-127.5, 128.5, 5), color=COLOURS["blue"])
         used = len(codes[:-1].unique())
-        axis.set_title(f"largest entry {outlier:g}: {used} codes used", fontsize=10)
+        axis.set_title(f"last entry {outlier:g}: {used} codes for the rest", fontsize=10)
         axis.set_xlabel("int8 code")
         axis.set_yscale("log")
     np.atleast_1d(axes)[0].set_ylabel("entries")
@@ -39,10 +39,15 @@ def feature_maxima(panels: dict[str, Tensor], threshold: float) -> Figure:
             threshold, color=COLOURS["grey"], linestyle="--", label=f"threshold {threshold:g}"
         )
         axis.set_yscale("log")
-        axis.set_title(title)
+        axis.set_title(title, fontsize=9)
         axis.set_xlabel("input feature")
     axes[0][0].set_ylabel("largest |x| over the tokens")
-    axes[0][-1].legend(loc="lower right", fontsize=8, ncols=3)
+    entries = {
+        text: handle
+        for axis in axes[0]
+        for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
