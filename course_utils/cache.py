@@ -115,10 +115,9 @@ def fetch_wheel(name: str, version: str, sha: str, *, platform: str | None = Non
     command = ["-m", "pip", "download", "--no-deps", "--no-cache-dir"]
     # One retry comes at once. Before more of them pip waits, which is no use without a network.
     command += ["--only-binary=:all:", "--disable-pip-version-check", "--retries=1"]
-    command += [f"{name}=={version}", "-d"]
     if platform is not None:
-        tag = ["--platform", platform, "--python-version", "3.11", "--implementation", "cp"]
-        command = [*command[:-1], *tag, "-d"]
+        command += ["--platform", platform, "--python-version", "3.11", "--implementation", "cp"]
+    command += [f"{name}=={version}", "-d"]
     pip = sys.executable if importlib.util.find_spec("pip") else None
     return _fetch(f"{name}-{version}.whl", pip, command, sha, "pip")
 

@@ -6,9 +6,11 @@ behind a redirect to another host (the server itself under its other name), rang
 and error codes that the clients read.
 """
 
+import contextlib
 import hashlib
 import json
 import re
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -62,7 +64,7 @@ class Hub:
 
     def start(self) -> None:
         """Listen, on the same port as before."""
-        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), _Handler)
+        self._server = _Server(("127.0.0.1", self._port), _Handler)
         self._server.hub = self
         self._port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -72,6 +74,7 @@ class Hub:
         self.release()
         self._server.shutdown()
         self._server.server_close()
+        self._server.hang_up()
 
     def wait(self) -> None:
         """Stall the calling thread until `release`."""
@@ -104,6 +107,23 @@ def is_large(name: str) -> bool:
 
 def git_blob_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+class _Server(ThreadingHTTPServer):
+    """Can end the connections that clients keep open: they would be served after it has stopped."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self._connections: list[socket.socket] = []
+
+    def process_request(self, request: socket.socket, client_address: tuple) -> None:
+        self._connections.append(request)
+        super().process_request(request, client_address)
+
+    def hang_up(self) -> None:
+        for connection in self._connections:
+            with contextlib.suppress(OSError):  # it is closed already
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 import venv
@@ -12,15 +14,19 @@ import nbformat
 import pytest
 from typer.testing import CliRunner
 
+import course_utils
 from conftest import CELLS, NAME, script
-from course_utils import __version__, cli
-from course_utils.build import CourseError, exercises, make
+from course_utils import REPOSITORY, REVISION, __version__, cli
+from course_utils.build import CourseError, exercises, make, standard_cells
 from course_utils.build import execute as execution
 from course_utils.build.check import check
+from course_utils.build.environments import python_of
 from course_utils.build.execute import NotebookFailed, execute
-from course_utils.build.notebooks import Notebook, course_root, find_notebooks, from_script
+from course_utils.build.notebooks import Notebook, course_root, find_notebooks, from_script, tagged
 from course_utils.build.standard_cells import SETUP, badge, write_standard_cells
 from course_utils.results import fill
+
+ROOT = Path(__file__).parent.parent
 
 
 def run(notebook: Notebook, parameters: dict | None = None) -> nbformat.NotebookNode:
@@ -184,7 +190,7 @@ def test_build_that_fails_leaves_the_notebook(built):
 
 def test_build_writes_the_standard_cells(sample):
     old = script(
-        badge=CELLS["badge"].replace("main", "old"), setup='# %% tags=["setup"]\nimport os\n'
+        badge=CELLS["badge"].replace(REVISION, "old"), setup='# %% tags=["setup"]\nimport os\n'
     )
     new = write_standard_cells(old, NAME)
     assert new == script()
@@ -305,6 +311,31 @@ def test_the_readme_has_the_same_badge(built):
     assert badge(NAME) in readme.read_text()
 
 
+def revisions(nb: nbformat.NotebookNode) -> list[str]:
+    """The revisions that a notebook names: its badge's, then its set-up cell's."""
+    ((badge_cell,), (setup,)) = (tagged(nb, tag) for tag in ("badge", "setup"))
+    return [
+        *re.findall(rf"/github/{REPOSITORY}/blob/(.+?)/\w+/\w+\.ipynb", badge_cell.source),
+        *re.findall(rf'"https://github\.com/{REPOSITORY}/archive/(.+)\.zip"', setup.source),
+    ]
+
+
+@pytest.mark.parametrize("notebook", find_notebooks(ROOT), ids=lambda notebook: notebook.name)
+def test_badge_and_set_up_cell_of_every_notebook_are_of_one_revision(notebook):
+    assert revisions(from_script(notebook)) == [REVISION, REVISION]
+    if notebook.ipynb.exists():  # else `course check` asks for it
+        assert revisions(make.read(notebook)) == [REVISION, REVISION]
+
+
+def test_a_release_has_one_line_to_change(sample, monkeypatch):
+    monkeypatch.setattr(course_utils, "REVISION", "v1.2.3")
+    released = runpy.run_path(standard_cells.__file__)
+    text = released["write_standard_cells"](script(), NAME)
+    sample.script.write_text(text, encoding="utf-8")
+    assert revisions(from_script(sample)) == ["v1.2.3", "v1.2.3"]
+    assert text.replace("v1.2.3", REVISION) == script()
+
+
 # Student versions
 
 
@@ -360,7 +391,7 @@ def wheel(folder: Path, version: str, requires: str = "") -> str:
 def bare_python(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bare")
     venv.create(folder, with_pip=True)
-    return folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    return python_of(folder)
 
 
 def set_up(python: Path, spec: str) -> subprocess.CompletedProcess:

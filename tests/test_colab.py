@@ -20,6 +20,7 @@ from conftest import NAME, script
 from course_utils import __version__
 from course_utils.build import CourseError, colab
 from course_utils.build.colab import NotLikeColab, installed, run_on_python, set_up
+from course_utils.build.environments import python_of
 from course_utils.build.execute import NotebookFailed
 from course_utils.build.notebooks import Notebook
 from course_utils.build.standard_cells import SETUP
@@ -37,7 +38,7 @@ def offline(monkeypatch) -> None:
 def make_python(folder: Path, *names: str) -> Path:
     """A Python with links to the packages of this one whose names begin so."""
     venv.EnvBuilder().create(folder)
-    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    python = python_of(folder)
     own = Path(sysconfig.get_path("purelib"))
     for found in own.iterdir():
         if found.name.startswith(names) and "course_utils" not in found.name:
@@ -140,12 +141,13 @@ def test_no_runtime_has_what_the_course_brings():
 
 
 def test_environment_is_kept_without_what_was_added_to_it(tmp_path, monkeypatch, offline):
-    (tmp_path / "constraints.txt").write_text("torch==2.13.0\n")
-    (tmp_path / "pyproject.toml").write_text("[project]\ndependencies = []\n")
+    (tmp_path / "constraints.txt").write_text("")
     monkeypatch.setattr(colab.venv, "create", lambda folder, with_pip: make_python(folder, "pip"))
+    monkeypatch.setattr(colab, "copy_package", lambda name, packages: plant(packages, name, "1"))
     pins = {"pip": subprocess_version("pip"), "setuptools": "1", "unneeded": "1"}
     python = colab.make_environment(tmp_path, tmp_path / "kept", pins)
     before = installed(python)
+    assert before["torch"] == "1"
     import_stub = [python, "-c", "import google.colab"]
     assert subprocess.run(import_stub).returncode == 0
     marker = python.parent / "marker"
@@ -153,9 +155,20 @@ def test_environment_is_kept_without_what_was_added_to_it(tmp_path, monkeypatch,
     assert set_up(python, wheel(tmp_path)) == "" and "course-utils" in installed(python)
     assert colab.make_environment(tmp_path, tmp_path / "kept", pins) == python
     assert installed(python) == before and marker.exists()
-    (tmp_path / "constraints.txt").write_text("torch==2.13.1\n")
-    colab.make_environment(tmp_path, tmp_path / "kept", pins)
+    colab.make_environment(tmp_path, tmp_path / "kept", pins | {"unneeded": "2"})
     assert not marker.exists()
+
+
+def test_package_is_copied_as_it_is_installed_here(tmp_path):
+    python = make_python(tmp_path / "python", "pip")
+    colab.copy_package("filelock", site(python))
+    assert installed(python)["filelock"] == subprocess_version("filelock")
+    ask = [python, "-c", "import filelock; print(filelock.__file__)"]
+    printed = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
+    assert (
+        Path(printed.strip()).is_relative_to(tmp_path)
+        and not (site(python) / "filelock").is_symlink()
+    )
 
 
 def subprocess_version(name: str) -> str:

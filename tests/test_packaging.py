@@ -11,7 +11,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from typer.main import get_command
 
-from course_utils import __version__
+from course_utils import REVISION, __version__
+from course_utils.build import colab
 from course_utils.build.notebooks import FOLDERS
 from course_utils.cli import app
 
@@ -98,10 +99,14 @@ def test_help_has_an_example(name):
         assert name == "lab" or "`course " in leaf.help, f"{leaf.name} has no example"
 
 
-def test_continuous_integration_runs_make_test():
+def test_continuous_integration_runs_make_test_and_the_newest_runtime_of_colab():
     run = ROOT / ".ci" / "run"
     assert run.stat().st_mode & 0o111
-    assert run.read_text(encoding="utf-8").splitlines()[-1] == "make test"
+    newest = list(colab.runtimes(ROOT))[-1]
+    assert run.read_text(encoding="utf-8").splitlines()[-2:] == [
+        f".venv/bin/python -m course_utils test-colab {newest} --profile quick",
+        "make test",
+    ]
 
 
 def test_the_version_is_in_one_place():
@@ -109,6 +114,7 @@ def test_the_version_is_in_one_place():
     attribute = PYPROJECT["tool"]["setuptools"]["dynamic"]["version"]["attr"]
     assert attribute == "course_utils.__version__"
     assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
+    assert REVISION in ("main", f"v{__version__}")  # of a release, its tag
 
 
 def test_pytest_and_ruff_know_all_folders_of_notebooks():

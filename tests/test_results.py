@@ -324,8 +324,8 @@ def test_a_notebook_has_a_badge_once_it_is_built_and_no_dead_link_before(root):
     (root / "chronology" / "demo.ipynb").write_text("{}", "utf-8")
     assert any("differs" in line for line in results.check(root))
     results.fill(root)
-    repository = course_utils.REPOSITORY
-    target = f"colab.research.google.com/github/{repository}/blob/main/chronology/demo.ipynb"
+    revision = f"{course_utils.REPOSITORY}/blob/{course_utils.REVISION}"
+    target = f"colab.research.google.com/github/{revision}/chronology/demo.ipynb"
     assert target in (root / "README.md").read_text("utf-8")
 
 

@@ -6,9 +6,9 @@ versions. The course's package is not among them: each notebook's set-up cell ha
 it, as an archive like GitHub's, from a server on this machine. What was there before must be there
 afterwards, in the same version.
 
-Not Colab's are torch, which is taken as constraints.txt has it (with sympy and setuptools, of which it
-asks for newer ones), the version of Python, and the hundreds of packages that the course never
-touches. Colab's own image has them all: give its Python to `run_on_python`.
+Not Colab's are torch, which is the one of this Python (with sympy and setuptools, of which it asks for
+newer ones), the version of Python, and the hundreds of packages that the course never touches.
+Colab's own image has them all: give its Python to `run_on_python`.
 """
 
 import json
@@ -26,12 +26,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from course_utils.build import CourseError
+from course_utils.build.environments import python_of
 from course_utils.build.execute import execute
 from course_utils.build.notebooks import Notebook, from_script
 from course_utils.build.standard_cells import SETUP
@@ -128,27 +130,38 @@ def make_environment(root: Path, folder: Path, pins: Versions) -> Path:
     Of the runtime's list it has what constraints.txt, where all lies that the course depends on, has
     too. It is kept in `folder` and used again, without what was added to it, until one of them changes.
     """
-    tested = read_pins(root / "constraints.txt")
-    # torch as tested asks for newer ones of these than Colab has beside its own torch.
+    # This Python's torch asks for newer ones of these than Colab has beside its own.
     own = {name: version for name, version in pins.items() if name not in ("setuptools", "sympy")}
-    wanted = ["pip", *sorted(own.keys() & tested.keys())]
-    pins = own | {"torch": tested["torch"]}
+    wanted = ["pip", *sorted(own.keys() & read_pins(root / "constraints.txt").keys())]
+    pins = own | {"torch": metadata.version("torch")}
     asked = json.dumps([wanted, pins, sys.version])
     environment, made = folder / "environment", folder / "environment.json"
-    python = environment / ("Scripts" if os.name == "nt" else "bin") / "python"
+    python = python_of(environment)
     if made.exists() and _is_as_it_was(python, asked, json.loads(made.read_text())):
         return python
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(environment, with_pip=True)
+    printed = _run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
+    packages = Path(printed.strip())
+    copy_package("torch", packages)
     constraints = folder / "constraints.txt"
     constraints.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
     _pip(python, "install", "--constraint", str(constraints), *wanted)
-    packages = _run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
-    stub = Path(packages.strip(), "google", "colab", "__init__.py")
+    stub = packages / "google" / "colab" / "__init__.py"
     stub.parent.mkdir(parents=True, exist_ok=True)
     stub.write_text('"""Stands in for the package that Colab alone has."""\n')
     made.write_text(json.dumps({"asked": asked, "installed": installed(python)}))
     return python
+
+
+def copy_package(name: str, packages: Path) -> None:
+    """Copy a package of this Python, without its scripts, to the packages of another of its version.
+
+    pip would fetch torch anew for each environment, on Linux with gigabytes of libraries for GPUs.
+    """
+    found = metadata.distribution(name)
+    for folder in {file.parts[0] for file in found.files} - {".."}:
+        shutil.copytree(found.locate_file(folder), packages / folder)
 
 
 def _is_as_it_was(python: Path, asked: str, made: dict) -> bool:

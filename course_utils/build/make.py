@@ -1,14 +1,13 @@
 """Building the committed notebooks from their scripts."""
 
-from pathlib import Path
-
 import nbformat
 from nbformat import NotebookNode
 
 from course_utils.build.execute import execute
-from course_utils.build.notebooks import Notebook, from_script
+from course_utils.build.notebooks import Notebook, from_script, tags
 from course_utils.build.stamps import stamp, versions
 from course_utils.build.standard_cells import write_standard_cells
+from course_utils.files import replacing
 
 PROFILE = "cpu"  # the profile whose outputs are committed
 WIDGETS = "application/vnd.jupyter.widget-view+json"
@@ -33,7 +32,8 @@ def build(notebook: Notebook, *, force: bool = False) -> bool:
     nb = canonical(nb)
     nb.metadata["course"] = {"profile": PROFILE, **today, "versions": versions()}
     nbformat.validate(nb)
-    _write(nb, notebook.ipynb)
+    with replacing(notebook.ipynb) as partial:
+        partial.write_text(nbformat.writes(nb) + "\n", encoding="utf-8", newline="\n")
     return True
 
 
@@ -58,7 +58,7 @@ def canonical(nb: NotebookNode) -> NotebookNode:
     nb.metadata["language_info"] = {"name": "python"}
     count = 0
     for cell in nb.cells:
-        found = [tag for tag in cell.metadata.get("tags", [])]
+        found = tags(cell)
         cell.metadata = nbformat.from_dict({"tags": found} if found else {})
         if cell.cell_type != "code":
             continue
@@ -70,10 +70,3 @@ def canonical(nb: NotebookNode) -> NotebookNode:
                 output.execution_count = count
             output.get("data", {}).pop(WIDGETS, None)
     return nb
-
-
-def _write(nb: NotebookNode, path: Path) -> None:
-    """Write beside its place and rename: an interrupted build leaves no half notebook."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(nbformat.writes(nb) + "\n", encoding="utf-8", newline="\n")
-    partial.replace(path)

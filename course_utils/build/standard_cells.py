@@ -2,7 +2,7 @@
 
 import re
 
-from course_utils import REPOSITORY, __version__
+from course_utils import REPOSITORY, REVISION, __version__
 
 SETUP = f'''\
 # Set-up: installs the course's package where it is missing, as on Colab.
@@ -15,7 +15,7 @@ import sys
 import tempfile
 
 VERSION = "{__version__}"
-ARCHIVE = "https://github.com/{REPOSITORY}/archive/main.zip"
+ARCHIVE = "https://github.com/{REPOSITORY}/archive/{REVISION}.zip"
 if importlib.util.find_spec("course_utils") is None:
     spec = "course_utils[oracles] @ " + os.environ.get("COURSE_UTILS_SPEC", ARCHIVE)
     # What is installed already stays as it is: pip may only add to it.
@@ -43,7 +43,7 @@ if course_utils.__version__ != VERSION:
 def badge(name: str) -> str:
     """The Open-in-Colab badge of the notebook `<folder>/<name>`, in markdown."""
     image = "https://colab.research.google.com/assets/colab-badge.svg"
-    page = f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/{name}.ipynb"
+    page = f"https://colab.research.google.com/github/{REPOSITORY}/blob/{REVISION}/{name}.ipynb"
     return f"[![Open in Colab]({image})]({page})"
 
 

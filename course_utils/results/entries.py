@@ -14,11 +14,11 @@ import platform
 import re
 import shutil
 import subprocess
-import tempfile
 from importlib import metadata
 from pathlib import Path
 
 import course_utils
+from course_utils.files import replacing
 
 KEY = re.compile(r"[a-z][a-z0-9_]*(\.[A-Za-z0-9_-]+)+")
 FIELDS = (
@@ -211,10 +211,6 @@ def _read_json(file: Path):
 
 
 def _write_json(path: Path, content) -> None:
-    """Write under a temporary name and rename: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=1, allow_nan=False, default=float) + "\n"
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as scratch:
-        partial = Path(scratch) / path.name
+    with replacing(path) as partial:
         partial.write_text(text, "utf-8")
-        os.replace(partial, path)

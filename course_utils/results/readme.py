@@ -17,12 +17,11 @@ words are not checked.
 """
 
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
 
-from course_utils import REPOSITORY, references
+from course_utils import REPOSITORY, REVISION, references
+from course_utils.files import replacing
 from course_utils.results.entries import accepted
 
 NOT_MEASURED = "not measured yet"
@@ -58,10 +57,8 @@ def fill(root: Path) -> list[str]:
 
     filled = MARKER.sub(replace, text)
     if changed:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as scratch:
-            partial = Path(scratch) / path.name
+        with replacing(path) as partial:
             partial.write_text(filled, "utf-8")
-            os.replace(partial, path)
     return changed
 
 
@@ -146,7 +143,8 @@ class _Renderer:
         if not (self.root / f"{path}.ipynb").exists():
             return NOT_BUILT
         badge = "https://colab.research.google.com/assets/colab-badge.svg"
-        target = f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/{path}.ipynb"
+        page = f"{REPOSITORY}/blob/{REVISION}/{path}.ipynb"
+        target = f"https://colab.research.google.com/github/{page}"
         return f"[![Open in Colab]({badge})]({target}) [{path.rsplit('/', 1)[-1]}]({path}.ipynb)"
 
     def _references(self, _: str) -> str:

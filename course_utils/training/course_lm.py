@@ -6,6 +6,7 @@ two CPU cores, and goes on from its checkpoint when interrupted.
 
 import json
 import platform
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from course_utils.data.batches import TrainingBatches, token_stream
 from course_utils.data.corpora import documents
 from course_utils.models.tokenizer import save_tokenizer
-from course_utils.training.loop import TrainConfig, next_token_loss, settings, train
+from course_utils.training.loop import TrainConfig, next_token_loss, train
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY, CONTEXT, BATCH, SEED = 4096, 256, 8, 0
@@ -95,7 +96,7 @@ def train_course_lm(out: Path, config: TrainConfig = SCHEDULE) -> None:
         "training_tokens_seen": curve[-1]["step"] * BATCH * CONTEXT,
         "batch_sequences": BATCH,
         "context": CONTEXT,
-        "settings": settings(config),
+        "settings": asdict(config),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

@@ -7,10 +7,9 @@ and the loss curve is that of one process, to rounding.
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.std import tqdm
+
+from course_utils.files import replacing
 
 
 @dataclass(frozen=True)
@@ -185,18 +186,15 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _save_checkpoint(path, model, optimizer, step, curve, best) -> None:
-    """One safetensors file, written beside its place and renamed: never half of a checkpoint."""
+    """One safetensors file, never half of it."""
     tensors = {f"best.{name}": value for name, value in best.items()}
     for name, parameter in model.named_parameters():
         tensors[f"model.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}.{name}"] = value
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        partial = Path(scratch) / path.name
+    with replacing(path) as partial:
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial,
                   metadata={"step": str(step), "curve": json.dumps(curve)})  # fmt: skip
-        os.replace(partial, path)
 
 
 def _load_checkpoint(path, model, optimizer) -> tuple[int, list[dict], dict[str, Tensor]]:
@@ -225,8 +223,3 @@ def _load_checkpoint(path, model, optimizer) -> tuple[int, list[dict], dict[str,
                     for key, value in kept.items()
                 }
     return int(metadata["step"]), json.loads(metadata["curve"]), best
-
-
-def settings(config: TrainConfig) -> dict:
-    """The configuration as plain JSON, for logs and model cards."""
-    return asdict(config)
