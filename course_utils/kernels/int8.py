@@ -28,3 +28,34 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     for left, right in zip(a.split(EXACT_COLUMNS, 1), b.split(EXACT_COLUMNS, 1), strict=True):
         total += (left.float() @ right.float().T).int()
     return total
+
+
+def int8_matmul_zero_points(a: Tensor, a_zero: Tensor, b: Tensor, b_zero: Tensor) -> Tensor:
+    """`(a - a_zero) @ (b - b_zero).T` of int8 codes `[m, k]` and `[n, k]` with zero points: int32 `[m, n]`.
+
+    `a_zero` is an int32 scalar or `[m]`, one for each row, `b_zero` a scalar or `[n]`. The zero points are
+    moved out of the sum (Jacob et al. 2018, arXiv 1712.05877, equation 7), so that the large product is one
+    of codes:
+
+        sum a b - a_zero sum b - b_zero sum a + k a_zero b_zero
+
+    Raises ValueError where the result could overflow int32.
+    """
+    product = int8_matmul(a, b)
+    k = a.shape[1]
+    for name, zero, rows in (("a_zero", a_zero, len(a)), ("b_zero", b_zero, len(b))):
+        if zero.is_floating_point() or zero.shape not in ((), (rows,)):
+            raise ValueError(
+                f"{name} is an integer scalar or [{rows}], got {zero.dtype} {tuple(zero.shape)}"
+            )
+    a_zero, b_zero = a_zero.long().reshape(-1, 1), b_zero.long().reshape(1, -1)
+    largest = [int(zero.abs().amax()) if zero.numel() else 0 for zero in (a_zero, b_zero)]
+    if max(largest) >= 2**31 or k * (128 + largest[0]) * (128 + largest[1]) >= 2**31:
+        raise ValueError(
+            f"{k} columns and zero points up to {largest[0]} and {largest[1]} could overflow an int32 "
+            "sum: split the product"
+        )
+    a_zero, b_zero = a_zero.int(), b_zero.int()  # they fit, now that the largest are known
+    a_sums = a.sum(1, dtype=torch.int32)[:, None]
+    b_sums = b.sum(1, dtype=torch.int32)[None, :]
+    return product - a_zero * b_sums - b_zero * a_sums + k * a_zero * b_zero
