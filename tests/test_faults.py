@@ -161,12 +161,12 @@ DAMAGES = {
     "scales in float16": (lambda f: change_tensor(f, "absmax", torch.Tensor.half), ALTERED),
     "scales NaN": (lambda f: change_tensor(f, "absmax", lambda t: t * torch.nan), ALTERED),
     "unknown method": (
-        lambda f: change_config(f, lambda q: q.update(method="int3")),
-        r"asks for method 'int3' with .*: unknown method 'int3': choose one of .*llm_int8",
+        lambda f: change_config(f, lambda q: q["layers"][LAYER].update(method="int3")),
+        rf"asks for method 'int3' with .* in layer {LAYER}: unknown method 'int3': choose one of .*llm_int8",
     ),
     "unknown setting": (
-        lambda f: change_config(f, lambda q: q["settings"].update(rotate=True)),
-        r"'llm_int8' with .*'rotate': True.*unexpected keyword argument 'rotate'\. Load it with the version",
+        lambda f: change_config(f, lambda q: q["layers"][LAYER]["settings"].update(rotate=True)),
+        rf"'rotate': True.* in layer {LAYER}: .*unexpected keyword argument 'rotate'\. Load it with the",
     ),
     "a layer that the model does not have": (
         lambda f: change_config(f, lambda q: q["layers"].update({"transformer.h.7": q["layers"][LAYER]})),
@@ -187,6 +187,12 @@ DAMAGES = {
     "layout without its hash": (
         lambda f: change_config(f, lambda q: q["layers"][LAYER].pop("sha256")),
         ALTERED,
+    ),
+    "configuration of another width": (
+        lambda f: (f / "config.json").write_text(
+            re.sub(r'"vocab_size": \d+', '"vocab_size": 7', (f / "config.json").read_text())
+        ),
+        r"with safetensors of the shapes that its config\.json says",
     ),
     "configuration cut": (
         lambda f: (f / "config.json").write_text((f / "config.json").read_text()[:200]),

@@ -32,8 +32,11 @@ def test_codes_and_scales_equal_bitsandbytes_bit_for_bit(shape, seed, outliers, 
     assert columns.tolist() == ([] if their_columns is None else their_columns.tolist())
 
 
+# One column is left out: on CPUs with AVX-512 VNNI bitsandbytes multiplies by `torch._int_mm`, which gives
+# arbitrary sums there (seen with torch 2.13.0 at every size of one column, and at no other).
 @settings(deadline=None, max_examples=40)
-@given(SHAPES, st.integers(1, 50), st.integers(0, 2**31), st.integers(0, 3))
+@given(st.tuples(st.integers(2, 40), st.integers(2, 300)), st.integers(1, 50),
+       st.integers(0, 2**31), st.integers(0, 3))  # fmt: skip
 def test_output_equals_bitsandbytes_within_its_constant(shape, out, seed, outliers):
     """Its factor 6.200124e-05 for 1/127^2 is off by 1.8e-5: outputs agree to 1e-4 of their size."""
     x = activations(*shape, seed, outliers)

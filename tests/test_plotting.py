@@ -9,27 +9,50 @@ import torch
 from PIL import Image
 
 from course_utils.plotting import (
+    clips_on_histogram,
     codes_against_outlier,
+    error_against_bits,
+    error_against_clip,
     error_against_threshold,
     feature_maxima,
+    loss_against_alpha,
+    predicted_against_measured,
     relative_bars,
+    sensitivity_bars,
+    staircase,
+    step_gradient,
+    training_curves,
+    values_on_grid,
 )
 from course_utils.plotting.palette import FIGURE, palette_picture, quantize_picture, scene
 
 matplotlib.use("agg")
 
 
-def drawn():
-    row = torch.randn(64, generator=torch.Generator().manual_seed(0))
-    yield codes_against_outlier(row, [3.0, 60.0])
-    yield feature_maxima({"a layer": row.abs(), "another": 10 * row.abs()}, 6.0)
-    yield error_against_threshold([0, 1, 5], {"chosen": [1, 0.1, 0.01]}, [None, 6.0, 1.0])
-    yield relative_bars({"model": {"float32": 2.0, "int8": 3.0}}, "time")
+ROW = torch.randn(64, generator=torch.Generator().manual_seed(0))
+FIGURES = {
+    "outlier": lambda: codes_against_outlier(ROW, [3.0, 60.0]),
+    "maxima": lambda: feature_maxima({"a layer": ROW.abs(), "another": 10 * ROW.abs()}, 6.0),
+    "threshold": lambda: error_against_threshold(
+        [0, 1, 5], {"chosen": [1, 0.1, 0.01]}, [None, 6.0, 1.0]
+    ),
+    "bars": lambda: relative_bars({"model": {"float32": 2.0, "int8": 3.0}}, "time"),
+    "staircase": lambda: staircase(0.5, 2, 0, 7),
+    "grid": lambda: values_on_grid({"four": (ROW, torch.arange(4.0)), "two": (ROW, ROW[:2])}),
+    "bits": lambda: error_against_bits({"a": {"x": ([2, 3], [5.0, 1.0])}}, "error", log=True),
+    "training": lambda: training_curves({"a": ([0, 1], [2.0, 1.0])}, "loss", levels={"b": 1.5}),
+    "clip": lambda: error_against_clip({"a": (ROW.abs() + 0.1, ROW.abs() + 1, ROW.abs() + 2)}),
+    "clips": lambda: clips_on_histogram({"a layer": (ROW, {"min-max": 3.0, "entropy": 2.0})}),
+    "alpha": lambda: loss_against_alpha({"m": {"static": ([0.1, 0.2], 0.3)}}, [0.0, 1.0], "loss"),
+    "sensitivity": lambda: sensitivity_bars({"m": {"layer 0": 0.1, "layer 1": 0.2}}, "nats"),
+    "predicted": lambda: predicted_against_measured({"a": ([0.1, 0.2], [0.1, 0.3])}, "nats"),
+    "step": lambda: step_gradient(ROW, ROW.round(), ROW, ROW),
+}
 
 
-@pytest.mark.parametrize("number", range(4))
-def test_every_axis_is_labelled_and_the_ground_is_opaque(number):
-    figure = list(drawn())[number]
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_axis_is_labelled_and_the_ground_is_opaque(name):
+    figure = FIGURES[name]()
     figure.canvas.draw()
     assert figure.get_facecolor() == (1.0, 1.0, 1.0, 1.0)
     assert figure.axes[0].get_ylabel()
@@ -39,6 +62,36 @@ def test_every_axis_is_labelled_and_the_ground_is_opaque(number):
 def test_bars_are_relative_to_the_first_variant():
     figure = relative_bars({"m": {"float32": 2.0, "int8": 3.0}}, "time")
     assert [patch.get_height() for patch in figure.axes[0].patches] == [1.0, 1.5]
+
+
+def lines(axis) -> list[tuple[list, list, str]]:
+    return [(list(li.get_xdata()), list(li.get_ydata()), li.get_linestyle()) for li in axis.lines]
+
+
+def test_the_staircase_rounds_inside_and_clips_outside():
+    left, right = staircase(0.5, 2, 0, 7).axes
+    (r, identity, _), (_, back, _) = lines(left)
+    assert r == identity
+    assert sorted(set(back)) == [-1, -0.5, 0, 0.5, 1, 1.5, 2, 2.5]
+    x, error, _ = lines(right)[0]
+    inside = [abs(e) for place, e in zip(x, error, strict=True) if -1.25 <= place <= 2.75]
+    assert max(inside) == pytest.approx(0.25, abs=0.01)
+    assert error[0] == pytest.approx(x[0] + 1) and error[-1] == pytest.approx(x[-1] - 2.5)
+
+
+def test_each_level_is_a_line_and_the_label_stands_once():
+    figure = values_on_grid({"a": (torch.rand(9), torch.tensor([0.0, 0.5, 1.0]))})
+    assert [x[0] for x, _, _ in lines(figure.axes[0])] == [0.0, 0.5, 1.0]
+    assert figure.axes[0].get_legend_handles_labels()[1].count("levels") == 1
+
+
+def test_theory_is_dashed_in_the_colour_of_its_measurement():
+    measured = {"a": {"row": ([2, 4], [5.0, 17.0]), "group": ([2, 4], [7.0, 19.0])}}
+    theory = {"a": {"group": ([2, 4], [6.9, 18.9])}}
+    axis = error_against_bits(measured, "dB", theory=theory).axes[0]
+    assert lines(axis)[2] == ([2, 4], [6.9, 18.9], "--")
+    assert axis.lines[2].get_color() == axis.lines[1].get_color() != axis.lines[0].get_color()
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["row", "group", "theory"]
 
 
 def test_the_readmes_picture_is_the_one_that_the_code_draws():

@@ -1,16 +1,12 @@
 """Whole models: replaced layers, reports, saving and loading."""
 
 import copy
+import json
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from tiny_models import some_tokens, tiny_gpt2, tiny_llama
+from transformers import AutoModelForCausalLM
 
 from course_utils.data.tokens import calibration_tokens, evaluation_tokens
 from course_utils.evaluation import file_bytes, perplexity, process_bytes, tensor_bytes
@@ -18,25 +14,9 @@ from course_utils.models import linear_layers, load_model
 from course_utils.quantizers import QuantizedLinear, get_method, quantize_model
 
 
-def tiny_gpt2(seed=0):
-    torch.manual_seed(seed)
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=99, n_positions=32, n_embd=24, n_layer=2, n_head=2)
-    ).eval()
-
-
-def tiny_llama(seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=99, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
 @pytest.fixture(scope="module")
 def tokens():
-    return torch.randint(0, 99, (2, 20), generator=torch.Generator().manual_seed(0))
+    return some_tokens()
 
 
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
@@ -103,6 +83,34 @@ def test_scales_keep_their_dtype_when_the_model_changes_its_own(tokens, tmp_path
         assert half(tokens).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["affine", "gguf"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_a_bias_joins_in_when_the_model_changes_its_dtype(name, dtype, tokens, tmp_path):
+    """The bias stayed float32, as it is stored, and the product of the float weight refused it."""
+    model = tiny_gpt2(width=64)
+    quantize_model(model, get_method(name))
+    exact = model(tokens).logits
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    for half in (model.to(dtype), loaded):
+        logits = half(tokens).logits
+        assert logits.dtype == dtype
+        assert (logits.float() - exact).norm() < 0.02 * exact.norm()
+
+
+def test_a_module_in_two_places_is_refused_not_replaced_in_one():
+    """The second place kept the float module, and the report did not say so."""
+    model = tiny_gpt2()
+    first, second = model.transformer.h
+    second.mlp.c_fc = first.mlp.c_fc
+    with pytest.raises(ValueError, match=r"h\.0\.mlp\.c_fc and .*h\.1\.mlp\.c_fc are one module"):
+        quantize_model(model, get_method("affine", group_size="row"))
+    rest = [layer.name for layer in linear_layers(model) if "c_fc" not in layer.name]
+    quantize_model(model, dict.fromkeys(rest, get_method("affine", group_size="row")))
+    assert [layer.name for layer in linear_layers(model)] == ["transformer.h.0.mlp.c_fc"]
+
+
 def test_quantizing_twice_is_refused():
     model = tiny_gpt2()
     quantize_model(model, get_method("llm_int8"))
@@ -123,6 +131,87 @@ def test_empty_calibration_is_refused():
         quantize_model(
             tiny_gpt2(), get_method("llm_int8"), calibration=torch.zeros(0, 8, dtype=torch.int64)
         )
+
+
+def test_calibration_in_training_mode_is_refused(tokens):
+    with pytest.raises(ValueError, match=r"training mode.*model\.eval\(\)"):
+        quantize_model(tiny_gpt2().train(), get_method("llm_int8"), calibration=tokens)
+
+
+# A method for each layer
+
+C_FC, C_ATTN = "transformer.h.1.mlp.c_fc", "transformer.h.0.attn.c_attn"
+MIXED = {
+    C_FC: get_method("llm_int8", threshold=0.0),
+    C_ATTN: get_method("llm_int8", outlier_weights="original"),
+}
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@torch.no_grad()
+def test_a_mapping_quantizes_the_layers_it_names_and_is_saved_layer_by_layer(
+    calibrated, tokens, tmp_path
+):
+    model, untouched = tiny_gpt2(), tiny_gpt2()
+    report = quantize_model(model, MIXED, calibration=tokens if calibrated else None)
+    assert [layer.name for layer in report.layers] == [C_ATTN, C_FC]
+    assert all((layer.output_error is not None) == calibrated for layer in report.layers)
+    assert "1 x LLMInt8(threshold=0.0" in str(report) and "outlier_weights='original'" in str(
+        report
+    )
+    kept = {layer.name: layer.weight for layer in linear_layers(model)}
+    assert kept.keys() == {layer.name for layer in linear_layers(untouched)} - MIXED.keys()
+    assert all(
+        torch.equal(kept[la.name], la.weight) for la in linear_layers(untouched) if la.name in kept
+    )
+
+    model.save_pretrained(tmp_path)
+    entries = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["layers"]
+    assert {name: entry["settings"]["threshold"] for name, entry in entries.items()} == {
+        C_FC: 0.0,
+        C_ATTN: 6.0,
+    }
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {name: loaded.get_submodule(name).method for name in MIXED} == MIXED
+    assert loaded.get_submodule(C_ATTN).original.dtype == torch.float16
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+def test_what_a_loader_widened_is_stored_as_it_was_again():
+    """transformers 4.57 reads float16 tensors into a float32 model as float32."""
+    model = tiny_gpt2()
+    quantize_model(model, MIXED)
+    layer = model.get_submodule(C_ATTN)
+    layer.original = layer.original.float()
+    model.hf_quantizer._process_model_after_weight_loading(model)
+    assert layer.original.dtype == torch.float16
+    layer.absmax = layer.absmax.half()  # and what it rounded is refused
+    with pytest.raises(ValueError, match=f"layer {C_ATTN} as it was saved"):
+        model.hf_quantizer._process_model_after_weight_loading(model)
+
+
+def test_layers_can_be_quantized_one_after_the_other(tokens):
+    together, one_by_one = tiny_gpt2(), tiny_gpt2()
+    quantize_model(together, MIXED)
+    for name, method in MIXED.items():
+        quantize_model(one_by_one, {name: method})
+    configs = (m.config.quantization_config.layers for m in (together, one_by_one))
+    assert next(configs) == next(configs)
+
+
+def test_a_mapping_with_a_wrong_name_names_near_ones_and_changes_nothing():
+    model, method = tiny_gpt2(), get_method("llm_int8")
+    with pytest.raises(
+        ValueError, match=r"'transformer\.h\.1\.mlp\.fc'\. Near are .*h\.1\.mlp\.c_fc"
+    ):
+        quantize_model(model, {C_ATTN: method, "transformer.h.1.mlp.fc": method})
+    with pytest.raises(ValueError, match=r"no float linear layer 'lm_head'"):
+        quantize_model(model, {"lm_head": method})
+    with pytest.raises(ValueError, match=r"mapping .* is empty"):
+        quantize_model(model, {})
+    with pytest.raises(TypeError, match=r"c_fc is mapped to 'llm_int8', which is no method"):
+        quantize_model(model, {C_FC: "llm_int8"})
+    assert len(linear_layers(model)) == 8
 
 
 def test_course_lm_in_int8_keeps_its_perplexity():

@@ -73,11 +73,11 @@ def load_model(
             local_files_only=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # Runtime: wrong shapes
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ModelUnavailable(
-            f"{name!r} could not be loaded from {folder}: {reason} It must be a folder that "
-            "save_pretrained wrote, with safetensors."
+            f"{name!r} could not be loaded: {reason}. {folder} must be a folder that save_pretrained wrote, "
+            "with safetensors of the shapes that its config.json says."
         ) from error
     return LoadedModel(model.to(device).eval(), tokenizer)
 

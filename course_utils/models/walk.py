@@ -1,11 +1,13 @@
-"""Walking the linear layers of a language model, whatever class holds them.
+"""Walking a language model: its linear layers, its decoder blocks, and what goes from block to block.
 
 GPT-2 keeps its weights in `Conv1D` modules as `[in, out]`; everywhere else it is `[out, in]`. This
 module is the one place of the course that knows.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -30,7 +32,7 @@ class LinearLayer:
 
 
 def linear_layers(model: nn.Module) -> list[LinearLayer]:
-    """Linear layers of `model` in its own order, without the LM head.
+    """Linear layers of `model`, or of one block of it, in its own order, without the LM head.
 
     The head is left out as in the papers of all the methods here; embeddings are no linear layers.
     """
@@ -46,3 +48,82 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` in the place of `model`'s submodule `name` (dotted path)."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The decoder blocks of `model` with their names, first to last.
+
+    They are the model's one `nn.ModuleList` that lies in no other. Raises `ValueError` where there is
+    none or more than one, or where the blocks are not all called alike (sliding windows in some).
+    """
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and not inside:
+            lists[name] = module
+    if len(lists) != 1:
+        raise ValueError(
+            f"{type(model).__name__} holds {len(lists)} lists of modules ({', '.join(lists)}): the decoder "
+            "blocks are looked for in the only one there is."
+        )
+    kinds = set(getattr(getattr(model, "config", None), "layer_types", None) or ())
+    if len(kinds) > 1:
+        raise ValueError(
+            f"the blocks of {type(model).__name__} are of several kinds ({', '.join(sorted(kinds))}): "
+            "only models whose blocks all get the same masks are walked block by block."
+        )
+    [(name, modules)] = lists.items()
+    return [(f"{name}.{i}", block) for i, block in enumerate(modules)]
+
+
+class BlockInputs:
+    """What a decoder block is called with, on every calibration sequence.
+
+    `hidden` `[sequences, length, width]` are the hidden states. All sequences are of one length, and
+    none is padded, so what else a block gets (masks, positions, rotary embeddings) is the same for all
+    of them, and for all blocks.
+    """
+
+    def __init__(self, hidden: Tensor, args: tuple, kwargs: dict):
+        self.hidden, self.args, self.kwargs = hidden, args, kwargs
+
+    @classmethod
+    @torch.no_grad()
+    def of_first_block(cls, model: nn.Module, tokens: Tensor) -> "BlockInputs":
+        """Inputs of the first block of `model` on `tokens` `[sequences, length]`; nothing else is run."""
+        _, first = blocks(model)[0]
+        hidden, others = [], ()
+
+        def keep(_, args: tuple, kwargs: dict):
+            nonlocal others
+            hidden.append(args[0])
+            others = (args[1:], kwargs)
+            raise _FirstBlockReached
+
+        device = next(model.parameters()).device
+        handle = first.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            for sequence in tokens:
+                try:
+                    # A cache would grow with every call of a block.
+                    model(input_ids=sequence[None].to(device), use_cache=False)
+                except _FirstBlockReached:
+                    continue
+        finally:
+            handle.remove()
+        return cls(torch.cat(hidden), *others)
+
+    def outputs(self, block: nn.Module) -> Iterator[Tensor]:
+        """Hidden states `[1, length, width]` that leave `block`, one sequence after the other."""
+        for hidden in self.hidden.split(1):
+            output = block(hidden, *self.args, **self.kwargs)
+            yield output[0] if isinstance(output, tuple) else output
+
+    def advance(self, block: nn.Module) -> None:
+        """Become the inputs of the block after `block`, in the same memory."""
+        for hidden, output in zip(self.hidden.split(1), self.outputs(block), strict=True):
+            hidden.copy_(output)
+
+
+class _FirstBlockReached(Exception):
+    """Ends a forward pass at its first block."""

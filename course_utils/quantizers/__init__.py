@@ -12,6 +12,7 @@ from course_utils.quantizers.base import (
     Method,
     QuantizedLinear,
     QuantizedWeight,
+    Statistics,
     get_method,
     register,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedWeight",
     "Report",
+    "Statistics",
     "get_method",
     "quantize_model",
     "register",

@@ -1,9 +1,13 @@
 """The one shape of every quantization method: `QuantizedWeight`, `Method`, `QuantizedLinear`."""
 
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from course_utils.models.walk import BlockInputs
 
 
 @dataclass(frozen=True)
@@ -39,20 +43,53 @@ class QuantizedWeight:
         raise NotImplementedError
 
 
-class Method(Protocol):
-    """A quantization method with its settings: a frozen dataclass registered by name.
+class Statistics(Protocol):
+    """What a method wants to know of a layer's inputs, gathered in one pass over the calibration."""
 
-    The fields of the dataclass are the settings, and are what is saved with a model.
+    def update(self, x: Tensor) -> None:
+        """Take in the inputs `x` `[tokens, in]` of one calibration sequence."""
+
+
+class Method:
+    """A quantization method with its settings: a frozen dataclass, registered by name, derived from this.
+
+    The fields of the dataclass are the settings, and are what is saved with a model. `quantize` and
+    `linear` are all that a method must define.
     """
 
     name: ClassVar[str]
     weight_type: ClassVar[type[QuantizedWeight]]
+    # Whose outputs a block gets while its statistics are gathered: those of the blocks before it as
+    # they were, or as they are once quantized.
+    prefix: ClassVar[Literal["quantized", "float"]] = "quantized"
 
-    def quantize(self, weight: Tensor) -> QuantizedWeight:
-        """Codes of a float `weight` `[out, in]`."""
+    def prepare(self, block: nn.Module, inputs: BlockInputs) -> None:
+        """Rewrite a decoder block in place without changing its float function; here nothing.
+
+        Called once a block, before the statistics of its layers are gathered.
+        """
+
+    def new_statistics(self, in_features: int, device: torch.device) -> Statistics | None:
+        """Empty statistics for one layer, or None (here) if `quantize` needs none."""
+        return None
+
+    def quantize(self, weight: Tensor, statistics: Statistics | None = None) -> QuantizedWeight:
+        """Codes of a float `weight` `[out, in]`, given the statistics of its layer's inputs."""
+        raise NotImplementedError
 
     def linear(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         """`x @ weight.T + bias` for `x` `[tokens, in]`, in the dtype of `x`: how inputs are treated."""
+        raise NotImplementedError
+
+    @property
+    def rewrites_blocks(self) -> bool:
+        """Whether it has a `prepare` of its own."""
+        return type(self).prepare is not Method.prepare
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it looks at inputs before it quantizes: it rewrites blocks, or wants statistics."""
+        return self.rewrites_blocks or self.new_statistics(1, torch.device("cpu")) is not None
 
 
 METHODS: dict[str, type] = {}
@@ -90,6 +127,15 @@ def check_weight(weight: Tensor) -> None:
             f"{int(bad.sum())} of {weight.numel()} weights are not finite in float32, the first is "
             f"{weight[row, column].item()} at [{row}, {column}]: repair the checkpoint."
         )
+
+
+def dequantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """`x @ W.T + bias` with the decoded weight, for `x` `[tokens, in]`, in the dtype of `x`.
+
+    Weight and bias take that dtype here, since what is stored does not follow the model's
+    (`QuantizedLinear`).
+    """
+    return F.linear(x, weight.dequantize().to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class QuantizedLinear(nn.Module):

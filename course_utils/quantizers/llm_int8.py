@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from course_utils.kernels import int8_matmul
-from course_utils.quantizers.base import QuantizedWeight, check_weight, register
+from course_utils.quantizers.base import Method, QuantizedWeight, check_weight, register
 
 
 def vectorwise_quantize(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,7 +57,7 @@ class Int8Weight(QuantizedWeight):
 
 @register
 @dataclass(frozen=True)
-class LLMInt8:
+class LLMInt8(Method):
     """LLM.int8() and, with `threshold=0`, plain vector-wise int8.
 
     `threshold`: inputs of this magnitude and more make their feature an outlier; 6.0 in the paper.
@@ -82,7 +82,7 @@ class LLMInt8:
                 f"outlier_weights {self.outlier_weights!r}: choose 'dequantized' or 'original'"
             )
 
-    def quantize(self, weight: Tensor) -> Int8Weight:
+    def quantize(self, weight: Tensor, statistics: None = None) -> Int8Weight:
         """Codes and absmax of each row of `weight` `[out, in]`, that is of each output."""
         check_weight(weight)
         codes, absmax, _ = vectorwise_quantize(weight)

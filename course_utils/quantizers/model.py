@@ -1,35 +1,25 @@
-"""Quantizing a whole model, layer by layer."""
+"""Quantizing a whole model."""
 
-import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
 from tqdm.std import tqdm
 
 from course_utils.models.walk import linear_layers, replace_module
-from course_utils.quantizers.base import Method, QuantizedLinear
+from course_utils.quantizers.base import Method, check_weight
+from course_utils.quantizers.driver import LayerReport, naming, quantize_blocks, quantize_layer
 from course_utils.quantizers.saving import mark_quantized
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one layer."""
-
-    name: str
-    shape: tuple[int, int]
-    bits_per_weight: float
-    nbytes: int
-    weight_error: float  # |W - Q(W)|^2 / |W|^2
-    output_error: float | None  # |y - Q(y)|^2 / |y|^2 on the calibration tokens, if there were any
-    seconds: float
 
 
 @dataclass(frozen=True)
 class Report:
     """What `quantize_model` did."""
 
-    method: Method
+    method: Method | Mapping[str, Method]
     layers: list[LayerReport]
 
     @property
@@ -52,80 +42,105 @@ class Report:
         return sum(layer.seconds for layer in self.layers)
 
     def __str__(self) -> str:
+        method = self.method
+        if isinstance(method, Mapping):
+            method = ", ".join(f"{n} x {m}" for m, n in Counter(method.values()).items())
         errors = [layer.output_error for layer in self.layers if layer.output_error is not None]
         output = f", output error up to {max(errors):.1e}" if errors else ""
         return (
-            f"{self.method}: {len(self.layers)} layers, {self.weights:,} weights in {self.nbytes:,} bytes "
+            f"{method}: {len(self.layers)} layers, {self.weights:,} weights in {self.nbytes:,} bytes "
             f"= {self.bits_per_weight:.3f} bits per weight{output}, {self.seconds:.1f} s"
         )
 
 
 @torch.no_grad()
 def quantize_model(
-    model: nn.Module, method: Method, *, calibration: Tensor | None = None, progress: bool = False
+    model: nn.Module,
+    method: Method | Mapping[str, Method],
+    *,
+    calibration: Tensor | None = None,
+    progress: bool = False,
 ) -> Report:
-    """Replace every linear layer of `model`, in place, by a `QuantizedLinear`; returns the report.
+    """Replace the linear layers of `model`, in place, by `QuantizedLinear`; returns the report.
 
-    Embeddings and LM head stay as they are. With `calibration` `[sequences, length]` token ids, the
-    report holds each layer's relative output error on the float model's inputs. The result is saved by
-    `model.save_pretrained` and loaded by `from_pretrained`, packed.
+    All of them by one `method`, or those that a mapping names, each by its own; layers that it does not
+    name stay float, and so do embeddings and LM head. With `calibration` `[sequences, length]` token
+    ids, layers are quantized block by block (`driver.quantize_blocks`), and the report holds each
+    layer's relative output error. The result is saved by `model.save_pretrained` and loaded by
+    `from_pretrained`, packed.
+
+    Raises `ValueError` or `TypeError` for weights that no method takes, for names that are no float
+    linear layer of the model, for a layer that stands in two places, and for a method that looks at inputs
+    without calibration; the model is whole then. Should something be wrong first in a later block (NaN in
+    its inputs), the blocks before are quantized already: load the model again.
     """
-    layers = linear_layers(model)
+    methods = _by_layer(model, method)
+    if calibration is None:
+        reports = _quantize_layers(model, methods, progress=progress)
+    else:
+        _check_calibration(model, calibration)
+        reports = quantize_blocks(model, methods, calibration, progress=progress)
+    mark_quantized(model)
+    return Report(method, reports)
+
+
+def _by_layer(model: nn.Module, method: Method | Mapping[str, Method]) -> Mapping[str, Method]:
+    """The method of each layer that is to be quantized, by its name; their weights are sound."""
+    layers = {layer.name: layer for layer in linear_layers(model)}
     if not layers:
         raise ValueError("the model has no float linear layer left: is it quantized already?")
-    quantized, rows = {}, []
-    output_errors = {}
-    for layer in tqdm(layers, disable=not progress, desc=method.name):
-        start = time.perf_counter()
-        try:
-            weight = method.quantize(layer.weight)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"layer {layer.name}: {error}") from error
-        seconds = time.perf_counter() - start
-        difference = (layer.weight.float() - weight.dequantize()).square().sum()
-        power = layer.weight.float().square().sum()
-        rows.append((layer.name, weight, (difference / power).item() if power else 0.0, seconds))
-        quantized[layer.name] = QuantizedLinear(method, weight, layer.bias)
-    if calibration is not None:
-        output_errors = _output_errors(model, layers, quantized, calibration)
-    for name, module in quantized.items():
-        replace_module(model, name, module)
-    mark_quantized(model, method)
-    return Report(
-        method,
-        [
-            LayerReport(
-                name, w.shape, w.bits_per_weight, w.nbytes, error, output_errors.get(name), s
+    methods = dict.fromkeys(layers, method) if isinstance(method, Method) else method
+    if not methods:
+        raise ValueError("the mapping of layers to methods is empty: name at least one layer.")
+    names = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    for name, chosen in methods.items():
+        if name not in layers:
+            near = get_close_matches(name, layers, cutoff=0)
+            raise ValueError(
+                f"the model has no float linear layer {name!r}. Near are {', '.join(near)}; "
+                "linear_layers(model) lists all."
             )
-            for name, w, error, s in rows
-        ],
-    )
+        if not isinstance(chosen, Method):
+            raise TypeError(f"layer {name} is mapped to {chosen!r}, which is no method.")
+        if len(shared := names[layers[name].module]) > 1:
+            raise ValueError(
+                f"{' and '.join(shared)} are one module: only the first would be quantized. Give each place "
+                "a copy of its own, or take a mapping that does not name it."
+            )
+        with naming(f"layer {name}"):
+            check_weight(layers[name].weight)
+    return methods
 
 
-def _output_errors(model, layers, quantized, calibration: Tensor) -> dict[str, float]:
-    """Relative squared output error of each quantized layer, on the inputs of the float model."""
+def _quantize_layers(
+    model: nn.Module, methods: Mapping[str, Method], *, progress: bool
+) -> list[LayerReport]:
+    """Replace the layers without looking at any inputs; all of them, or none if one is refused."""
+    for name, method in methods.items():
+        if method.needs_calibration:
+            raise ValueError(
+                f"layer {name}: {method} looks at the layer's inputs. Give quantize_model "
+                "calibration=calibration_tokens(tokenizer, sequences, length)."
+            )
+    layers = [layer for layer in linear_layers(model) if layer.name in methods]
+    quantized = [
+        quantize_layer(layer, methods[layer.name])
+        for layer in tqdm(layers, disable=not progress, desc="layers")
+    ]
+    for module, report in quantized:
+        replace_module(model, report.name, module)
+    return [report for _, report in quantized]
+
+
+def _check_calibration(model: nn.Module, calibration: Tensor) -> None:
     if calibration.ndim != 2 or calibration.numel() == 0 or calibration.is_floating_point():
         raise ValueError(
             "calibration is [sequences, length] token ids, "
             f"got {calibration.dtype} {tuple(calibration.shape)}"
         )
-    sums = {layer.name: [0.0, 0.0] for layer in layers}
-
-    def hook_for(name):
-        def hook(_, inputs, output):
-            difference = (output - quantized[name](inputs[0])).float()
-            sums[name][0] += difference.square().sum().item()
-            sums[name][1] += output.float().square().sum().item()
-
-        return hook
-
-    handles = [layer.module.register_forward_hook(hook_for(layer.name)) for layer in layers]
-    try:
-        for sequence in calibration:
-            model(input_ids=sequence[None].to(next(model.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {
-        name: difference / power if power else 0.0 for name, (difference, power) in sums.items()
-    }
+    if model.training:
+        raise ValueError(
+            "the model is in training mode, whose dropout would be calibrated on: call model.eval()."
+        )

@@ -1,8 +1,8 @@
 """Saving and loading through `transformers`: `save_pretrained` and `from_pretrained`, packed.
 
-The configuration that is saved with a model names the method, its settings, and the layout of every
-quantized layer: shape and dtype of each stored tensor, and their hash. From that the empty layers are
-made on the meta device before any weight is read, so loading never builds a float weight. What was
+The configuration that is saved with a model describes every quantized layer: its method with its
+settings, shape and dtype of each stored tensor, and their hash. From that the empty layers are made on
+the meta device before any weight is read, so loading never builds a float weight. What was
 read is compared with the hash: codes that are missing, cut or altered would still be codes, and
 nothing but the answers of the model would tell.
 """
@@ -23,11 +23,11 @@ FORMAT = "course_utils"
 
 @register_quantization_config(FORMAT)
 class CourseQuantizationConfig(QuantizationConfigMixin):
-    """Method, settings, and the layout of each quantized layer; all of it JSON."""
+    """The quantized layers by name: method, settings and layout of each (`_entry`); all of it JSON."""
 
-    def __init__(self, method: str, settings: dict, layers: dict, quant_method: str = FORMAT, **_):
+    def __init__(self, layers: dict, quant_method: str = FORMAT, **_):
         self.quant_method = quant_method
-        self.method, self.settings, self.layers = method, settings, layers
+        self.layers = layers
 
 
 @register_quantizer(FORMAT)
@@ -37,17 +37,10 @@ class CourseQuantizer(HfQuantizer):
     requires_calibration = True  # transformers: only models that are quantized already are loaded
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
-        config = self.quantization_config
-        try:
-            method = get_method(config.method, **config.settings)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"config.json asks for method {config.method!r} with {config.settings}: {error}. "
-                "Load it with the version of course_utils that saved it."
-            ) from error
-        for name, layout in config.layers.items():
+        for name, entry in self.quantization_config.layers.items():
+            method = _method(name, entry)
             try:
-                module = _empty_layer(method, layout)
+                module = _empty_layer(method, entry)
                 shape = tuple(LinearLayer(name, model.get_submodule(name)).weight.shape)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(
@@ -66,8 +59,10 @@ class CourseQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
-        for name, layout in self.quantization_config.layers.items():
-            if _digest(model.get_submodule(name)) != layout.get("sha256"):
+        for name, entry in self.quantization_config.layers.items():
+            module = model.get_submodule(name)
+            _restore_dtypes(module, entry)
+            if _digest(module) != entry.get("sha256"):
                 raise ValueError(
                     f"the file of the weights does not hold layer {name} as it was saved: it is not whole, "
                     "or was altered. Save the quantized model again."
@@ -82,32 +77,57 @@ class CourseQuantizer(HfQuantizer):
         return False
 
 
-def mark_quantized(model: nn.Module, method: Method) -> None:
+def mark_quantized(model: nn.Module) -> None:
     """Write the format into the model's configuration, so that `save_pretrained` stores it."""
     if not hasattr(model, "config"):
         return
     layers = {
-        name: _layout(module)
+        name: _entry(module)
         for name, module in model.named_modules()
         if isinstance(module, QuantizedLinear)
     }
-    config = CourseQuantizationConfig(method.name, asdict(method), layers)
+    config = CourseQuantizationConfig(layers)
     model.config.quantization_config = config
     model.hf_quantizer = CourseQuantizer(config)
     model.is_quantized = True
 
 
-def _empty_layer(method: Method, layout: dict) -> QuantizedLinear:
+def _method(layer: str, entry: dict) -> Method:
+    method, settings = entry.get("method"), entry.get("settings", {})
+    try:
+        return get_method(method, **settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"config.json asks for method {method!r} with {settings} in layer {layer}: {error}. "
+            "Load it with the version of course_utils that saved it."
+        ) from error
+
+
+def _empty_layer(method: Method, entry: dict) -> QuantizedLinear:
     with torch.device("meta"):
-        tensors = {key: _empty(spec) for key, spec in layout["tensors"].items()}
-        bias = _empty(layout["bias"]) if layout["bias"] else None
-    return QuantizedLinear(method, method.weight_type(**{**layout["values"], **tensors}), bias)
+        tensors = {key: _empty(spec) for key, spec in entry["tensors"].items()}
+        bias = _empty(entry["bias"]) if entry["bias"] else None
+    return QuantizedLinear(method, method.weight_type(**{**entry["values"], **tensors}), bias)
 
 
-def _layout(module: QuantizedLinear) -> dict:
+def _restore_dtypes(module: QuantizedLinear, entry: dict) -> None:
+    """Give tensors the dtype that they were saved in.
+
+    transformers 4.57 reads all that is float in the model's dtype. What this widened gets back its
+    bytes, and what it rounded does not: the hash tells.
+    """
+    for name, tensor in module.named_buffers():
+        dtype, _ = entry["bias"] if name == "bias" else entry["tensors"][name]
+        setattr(module, name, tensor.to(getattr(torch, dtype)))
+
+
+def _entry(module: QuantizedLinear) -> dict:
+    """What the configuration says of a layer."""
     weight = module.quantized_weight
     tensors = weight.tensors()
     return {
+        "method": module.method.name,
+        "settings": asdict(module.method),
         "tensors": {name: _spec(tensor) for name, tensor in tensors.items()},
         "values": {
             f.name: getattr(weight, f.name) for f in fields(weight) if f.name not in tensors

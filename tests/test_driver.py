@@ -1,0 +1,271 @@
+"""Block by block: what reaches a block and its layers, what is kept meanwhile, and what is refused."""
+
+import copy
+import weakref
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import pytest
+import torch
+from tiny_models import some_tokens, tiny_gpt2, tiny_llama
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from course_utils.models import BlockInputs, blocks, linear_layers
+from course_utils.quantizers import Method, get_method, quantize_model
+from course_utils.quantizers.llm_int8 import Int8Weight, LLMInt8
+
+INT8 = LLMInt8(threshold=0.0)
+
+
+class Seen:
+    """Statistics that keep all inputs."""
+
+    def __init__(self):
+        self.inputs: list[Tensor] = []
+
+    def update(self, x: Tensor) -> None:
+        self.inputs.append(x.clone())
+
+
+@dataclass
+class Record:
+    """What a probe was shown: block inputs by `prepare`, statistics and weights by `quantize`."""
+
+    hidden: list[Tensor] = field(default_factory=list)
+    layers: list[tuple[list[Tensor], Tensor]] = field(default_factory=list)
+    alive: list[int] = field(default_factory=list)  # statistics and float layers at each `prepare`
+    held: list[weakref.ref] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Probe(Method):
+    """Plain int8 that records all that the driver gives it."""
+
+    record: Record
+    name: ClassVar[str] = "probe"
+    weight_type: ClassVar[type] = Int8Weight
+    prefix: ClassVar[str] = "quantized"
+
+    def prepare(self, block: nn.Module, inputs: BlockInputs) -> None:
+        self.record.hidden.append(inputs.hidden.clone())
+        self.record.alive.append(sum(ref() is not None for ref in self.record.held))
+        self.record.held += [weakref.ref(layer.module) for layer in linear_layers(block)]
+
+    def new_statistics(self, in_features: int, device: torch.device) -> Seen:
+        seen = Seen()
+        if in_features > 1:  # not the driver's question whether there are any
+            self.record.held.append(weakref.ref(seen))
+        return seen
+
+    def quantize(self, weight: Tensor, statistics: Seen | None = None) -> Int8Weight:
+        self.record.layers.append((statistics.inputs, weight.clone()))
+        return INT8.quantize(weight)
+
+    def linear(self, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+        return INT8.linear(x, weight, bias)
+
+
+@dataclass(frozen=True, eq=False)
+class FloatProbe(Probe):
+    """The same on the float model's inputs."""
+
+    prefix: ClassVar[str] = "float"
+
+
+@torch.no_grad()
+def inputs_in_forward(model: nn.Module, names: list[str], tokens: Tensor) -> dict[str, Tensor]:
+    """Inputs `[sequences, length, in]` of the modules, in forward passes of the whole model."""
+    found = {name: [] for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: found[name].append(args[0])
+        )
+        for name in names
+    ]
+    for sequence in tokens:
+        model(input_ids=sequence[None])
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(inputs) for name, inputs in found.items()}
+
+
+def quantized_before(model: nn.Module, block: str) -> nn.Module:
+    """A copy of `model` whose blocks before `block` are in int8."""
+    copied = copy.deepcopy(model)
+    names = [name for name, _ in blocks(model)]
+    before = tuple(f"{name}." for name in names[: names.index(block)])
+    layers = [layer.name for layer in linear_layers(model) if layer.name.startswith(before)]
+    if layers:
+        quantize_model(copied, dict.fromkeys(layers, INT8))
+    return copied
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+@pytest.mark.parametrize("probe", [Probe, FloatProbe])
+def test_inputs_are_exactly_those_of_a_forward_pass(make, probe):
+    model, tokens, record = make(), some_tokens(3, 17), Record()
+    original = copy.deepcopy(model)
+    quantize_model(model, probe(record), calibration=tokens)
+    names = [name for name, _ in blocks(original)]
+    layers = [layer.name for layer in linear_layers(original)]
+    assert len(record.hidden) == len(names) == 2 and len(record.layers) == len(layers)
+
+    seen = dict(zip(layers, record.layers, strict=True))
+    for name, hidden in zip(names, record.hidden, strict=True):
+        reference = quantized_before(original, name) if probe is Probe else original
+        inside = [layer for layer in layers if layer.startswith(f"{name}.")]
+        expected = inputs_in_forward(reference, [name, *inside], tokens)
+        assert torch.equal(hidden, expected[name])
+        for layer in inside:
+            inputs, _ = seen[layer]
+            assert [len(x) for x in inputs] == [17, 17, 17]
+            assert torch.equal(torch.cat(inputs), expected[layer].flatten(0, 1))
+
+
+def test_the_two_prefixes_differ_from_the_second_block_on():
+    records = [Record(), Record()]
+    quantize_model(tiny_gpt2(), Probe(records[0]), calibration=some_tokens())
+    quantize_model(tiny_gpt2(), FloatProbe(records[1]), calibration=some_tokens())
+    first, second = (torch.equal(a, b) for a, b in zip(*(r.hidden for r in records), strict=True))
+    assert first and not second
+
+
+@pytest.mark.parametrize("probe", [Probe, FloatProbe])
+def test_output_errors_are_those_of_the_layer_on_the_inputs_it_was_calibrated_with(probe):
+    model, record = tiny_llama(), Record()
+    report = quantize_model(model, probe(record), calibration=some_tokens())
+    for layer, (inputs, weight) in zip(report.layers, record.layers, strict=True):
+        x = torch.cat(inputs)
+        y = x @ weight.T
+        error = (INT8.linear(x, INT8.quantize(weight), None) - y).square().sum() / y.square().sum()
+        assert layer.output_error == pytest.approx(error.item(), rel=1e-4)
+
+
+def test_methods_that_look_at_no_inputs_are_measured_on_the_float_model():
+    tokens, record = some_tokens(), Record()
+    by_probe = quantize_model(tiny_gpt2(), FloatProbe(record), calibration=tokens)
+    plain = quantize_model(tiny_gpt2(), INT8, calibration=tokens)
+    assert [r.output_error for r in plain.layers] == [r.output_error for r in by_probe.layers]
+
+
+def test_a_mapping_calibrates_the_layers_it_names_in_their_blocks():
+    model, tokens, record = tiny_gpt2(), some_tokens(), Record()
+    name = "transformer.h.1.mlp.c_proj"
+    expected = inputs_in_forward(model, ["transformer.h.1", name], tokens)
+    quantize_model(model, {name: Probe(record)}, calibration=tokens)
+    [(inputs, _)], [hidden] = record.layers, record.hidden
+    assert torch.equal(torch.cat(inputs), expected[name].flatten(0, 1))
+    assert torch.equal(hidden, expected["transformer.h.1"])
+
+
+@pytest.mark.parametrize("wrapped", [lambda hidden: hidden, lambda hidden: (hidden, None)])
+def test_blocks_may_return_a_tensor_or_a_tuple(wrapped, monkeypatch):
+    """GPT-2's return a tuple in transformers 4.57, and a tensor in 5."""
+    plain, changed, tokens = tiny_gpt2(), tiny_gpt2(), some_tokens()
+    expected = quantize_model(plain, Probe(Record()), calibration=tokens)
+    for _, block in blocks(changed):
+
+        def forward(*args, original=block.forward, **kwargs):
+            output = original(*args, **kwargs)
+            return wrapped(output if isinstance(output, Tensor) else output[0])
+
+        monkeypatch.setattr(block, "forward", forward)
+    report = quantize_model(changed, Probe(Record()), calibration=tokens)
+    errors = [layer.output_error for layer in report.layers]
+    assert errors == [layer.output_error for layer in expected.layers]
+
+
+@pytest.mark.parametrize("probe", [Probe, FloatProbe])
+def test_no_more_than_one_block_is_held(probe):
+    """When the next block begins, float layers and statistics of the one before are gone."""
+    record = Record()
+    quantize_model(tiny_llama(), probe(record), calibration=some_tokens())
+    assert record.alive == [0, 0] and len(record.held) == 28
+
+
+def test_half_precision_is_kept():
+    model, record = tiny_llama().half(), Record()
+    quantize_model(model, Probe(record), calibration=some_tokens())
+    assert all(hidden.dtype == torch.float16 for hidden in record.hidden)
+
+
+def test_the_model_keeps_no_hook_and_no_cache():
+    model = tiny_gpt2()
+    quantize_model(model, Probe(Record()), calibration=some_tokens())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert model.config.use_cache
+
+
+# What is refused
+
+
+def test_a_method_that_looks_at_inputs_needs_calibration():
+    model = tiny_gpt2()
+    with pytest.raises(
+        ValueError, match=r"layer transformer\.h\.0\.attn\.c_attn: Probe.*calibration="
+    ):
+        quantize_model(model, Probe(Record()))
+    assert len(linear_layers(model)) == 8
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0), (8,)])
+def test_empty_calibration_is_refused(shape):
+    with pytest.raises(ValueError, match=r"\[sequences, length\] token ids, got torch\.int64"):
+        tokens = torch.zeros(shape, dtype=torch.int64)
+        quantize_model(tiny_gpt2(), Probe(Record()), calibration=tokens)
+
+
+@pytest.mark.parametrize("method", [INT8, Probe(Record())])
+def test_nan_inputs_name_the_first_layer_that_gets_them(method):
+    model = tiny_gpt2()
+    model.transformer.h[1].ln_2.weight.data[3] = float("nan")
+    layer = r"layer transformer\.h\.1\.mlp\.c_fc: 20 of its 480 inputs are NaN"
+    message = layer + r".*float32 on calibration sequence 1\. Repair"
+    with pytest.raises(ValueError, match=message):
+        quantize_model(model, method, calibration=some_tokens())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_layer_outside_the_blocks_is_refused_not_skipped():
+    model = tiny_gpt2()
+    model.transformer.projection = Conv1D(24, 24)
+    with pytest.raises(
+        ValueError, match=r"in none of the decoder blocks.*: transformer\.projection"
+    ):
+        quantize_model(model, INT8, calibration=some_tokens())
+    assert len(linear_layers(model)) == 9
+    inside = [layer.name for layer in linear_layers(model) if "projection" not in layer.name]
+    quantize_model(model, dict.fromkeys(inside, INT8), calibration=some_tokens())
+    assert [layer.name for layer in linear_layers(model)] == ["transformer.projection"]
+
+
+def test_methods_with_different_prefixes_are_refused_together():
+    c_fc, c_proj = "transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_proj"
+    with pytest.raises(ValueError, match=r"cannot be calibrated in one pass.*FloatProbe"):
+        methods = {c_fc: Probe(Record()), c_proj: FloatProbe(Record())}
+        quantize_model(tiny_gpt2(), methods, calibration=some_tokens())
+
+
+def test_two_methods_that_rewrite_one_block_are_refused():
+    c_fc, c_proj = "transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj"
+    with pytest.raises(ValueError, match=r"block transformer\.h\.1 would be rewritten by several"):
+        methods = {c_fc: Probe(Record()), c_proj: Probe(Record())}
+        quantize_model(tiny_gpt2(), methods, calibration=some_tokens())
+
+
+def test_models_without_one_list_of_like_blocks_are_refused():
+    with pytest.raises(ValueError, match=r"Sequential holds 0 lists of modules"):
+        quantize_model(nn.Sequential(nn.Linear(4, 4)).eval(), INT8, calibration=some_tokens())
+    model = tiny_llama()
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(ValueError, match=r"several kinds \(full_attention, sliding_attention\)"):
+        blocks(model)
+    two_lists = nn.ModuleDict({"a": nn.ModuleList([nn.Linear(4, 4)]), "b": nn.ModuleList()})
+    with pytest.raises(ValueError, match=r"holds 2 lists of modules \(a, b\)"):
+        blocks(two_lists)
+
+
+def test_a_method_that_needs_no_inputs_takes_any_model():
+    model = nn.Sequential(nn.Linear(8, 4))
+    assert quantize_model(model, get_method("llm_int8")).weights == 32
