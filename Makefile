@@ -4,7 +4,7 @@
 PYTHON ?= python3
 COURSE = .venv/bin/python -m course_utils
 
-.PHONY: course test test-colab test-gpu lab build check lint clean
+.PHONY: course test test-colab test-gpu oracles lab build check lint clean
 
 course: .venv/course.stamp  ## run every notebook in the quick profile
 	$(COURSE) run --profile quick
@@ -17,6 +17,9 @@ test-colab: .venv/course.stamp  ## every notebook on the packages of Colab's run
 
 test-gpu: .venv/test.stamp  ## what needs a GPU; skipped without one
 	$(COURSE) test-gpu
+
+oracles: .venv/course.stamp  ## golden vectors of production libraries, made anew
+	$(COURSE) oracles
 
 lab: .venv/course.stamp  ## JupyterLab on the course
 	$(COURSE) lab

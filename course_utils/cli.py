@@ -219,6 +219,24 @@ def test_gpu() -> None:
 
 
 @app.command()
+def oracles(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="As `gptqmodel`. Default: all in tests/oracles.")
+    ] = None,
+) -> None:
+    """Write the golden vectors of production libraries anew, into tests/golden.
+
+    Each library is installed in an environment of its own, in runs/oracles: some minutes, 3 GB.
+    Examples: `course oracles`; `course oracles gptqmodel`.
+    """
+    from course_utils.build.notebooks import course_root
+    from course_utils.build.oracles import write_vectors
+
+    for line in write_vectors(course_root(), names):
+        typer.echo(line)
+
+
+@app.command()
 def train_lm(
     out: Annotated[Path, typer.Option(help="Folder for checkpoint and result.")] = Path(
         "runs/course-lm"

@@ -1,0 +1,71 @@
+"""Golden vectors: what production libraries make of small layers, for the tests to compare with.
+
+Libraries that cannot be installed beside the course, since they ask for other versions of what it
+uses, each get an environment of their own: `tests/oracles/LIBRARY/` holds its `requirements.txt` and
+its scripts. A script `WHAT.py` writes `tests/golden/LIBRARY_WHAT.safetensors`, with the versions used
+in its metadata, from `tests/golden/WHAT_layers.safetensors`, which `tests/oracles/WHAT_layers.py`
+wrote before.
+"""
+
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+
+from course_utils.build import CourseError
+from course_utils.build.environments import python_of
+
+
+def libraries(root: Path, names: list[str] | None = None) -> list[Path]:
+    """The folders of the libraries; those in `names` if any are given."""
+    folders = {
+        path.parent.name: path.parent for path in root.glob("tests/oracles/*/requirements.txt")
+    }
+    for name in names or []:
+        if name not in folders:
+            raise CourseError(
+                f"there is no oracle {name!r}. There are: {', '.join(sorted(folders))}."
+            )
+    return [folders[name] for name in sorted(folders) if not names or name in names]
+
+
+def write_vectors(root: Path, names: list[str] | None = None) -> Iterator[str]:
+    """Write the golden vectors of libraries anew; yields what is going on, line by line.
+
+    Environments are kept in `runs/oracles`, and made again when their requirements change. Raises
+    `CourseError` if something cannot be installed, or a script fails.
+    """
+    chosen, golden = libraries(root, names), root / "tests" / "golden"
+    golden.mkdir(exist_ok=True)
+    for script in sorted(root.glob("tests/oracles/*_layers.py")):
+        yield f"{script.stem}: weights, inputs, Hessians"
+        _run([sys.executable, script, golden])
+    for folder in chosen:
+        yield f"{folder.name}: installing it takes some minutes the first time"
+        python = make_environment(
+            folder / "requirements.txt", root / "runs" / "oracles" / folder.name
+        )
+        for script in sorted(folder.glob("*.py")):
+            yield f"{folder.name}: {script.stem}"
+            _run([python, script, golden])
+
+
+def make_environment(requirements: Path, folder: Path) -> Path:
+    """The Python of an environment in `folder` that holds what `requirements` names, and no more."""
+    python = python_of(folder)
+    asked, made = requirements.read_text(encoding="utf-8"), folder / "requirements.txt"
+    if not (made.is_file() and made.read_text(encoding="utf-8") == asked):
+        venv.create(folder, clear=True, with_pip=True)
+        _run([python, "-m", "pip", "install", "--quiet", "--requirement", requirements])
+        made.write_text(asked, encoding="utf-8")
+    return python
+
+
+def _run(command: list) -> None:
+    """Run a command, whose output stays in sight."""
+    # One thread, so that sums of floats are taken in one order.
+    environment = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    if subprocess.run(command, env=environment).returncode:
+        raise CourseError(f"{' '.join(map(str, command))} failed: see above.")
