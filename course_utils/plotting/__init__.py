@@ -1,18 +1,37 @@
 """The course's figures, in one style."""
 
-from course_utils.plotting.figures import (
+from course_utils.plotting.grids import error_against_bits, staircase, values_on_grid
+from course_utils.plotting.outliers import (
     codes_against_outlier,
     error_against_threshold,
     feature_maxima,
     relative_bars,
 )
+from course_utils.plotting.ranges import (
+    clips_on_histogram,
+    error_against_clip,
+    loss_against_alpha,
+    predicted_against_measured,
+    sensitivity_bars,
+)
 from course_utils.plotting.style import COLOURS, new_figure
+from course_utils.plotting.training import step_gradient, training_curves
 
 __all__ = [
     "COLOURS",
+    "clips_on_histogram",
     "codes_against_outlier",
+    "error_against_bits",
+    "error_against_clip",
     "error_against_threshold",
     "feature_maxima",
+    "loss_against_alpha",
     "new_figure",
+    "predicted_against_measured",
     "relative_bars",
+    "sensitivity_bars",
+    "staircase",
+    "step_gradient",
+    "training_curves",
+    "values_on_grid",
 ]

@@ -1,4 +1,4 @@
-"""Figures that more than one notebook draws, or that would drown a cell in plotting code."""
+"""Figures of outliers, and of what they cost."""
 
 import numpy as np
 import torch

@@ -1,0 +1,116 @@
+"""Figures of ranges and of what they cost: clips, sensitivities, predicted losses."""
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from course_utils.plotting.style import COLOURS, new_figure, styled
+
+
+@styled
+def error_against_clip(panels: dict[str, tuple[Tensor, Tensor, Tensor]]) -> Figure:
+    """Mean squared error against the clip, `panels[title] = (clips, rounding, clipping)` `[n]`.
+
+    The sum of the two parts is drawn as well, with a dot at its minimum.
+    """
+    figure, axes = new_figure(1, len(panels), height=3.4, squeeze=False, sharey=True)
+    for axis, (title, (clips, rounding, clipping)) in zip(axes[0], panels.items(), strict=True):
+        total = rounding + clipping
+        axis.plot(clips, rounding, color=COLOURS["blue"], linestyle="--", label="rounding")
+        axis.plot(clips, clipping, color=COLOURS["red"], linestyle=":", label="clipping")
+        axis.plot(clips, total, color="black", label="both")
+        best = total.argmin()
+        axis.plot(clips[best], total[best], "o", color="black")
+        axis.set_yscale("log")
+        axis.set_ylim(bottom=total.min().item() / 30, top=3 * total.max().item())
+        axis.set_xscale("log")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("clip t")
+    axes[0][0].set_ylabel("mean squared error")
+    axes[0][0].legend(fontsize=8)
+    return figure
+
+
+@styled
+def clips_on_histogram(panels: dict[str, tuple[Tensor, dict[str, float]]]) -> Figure:
+    """Histogram of |x| with a line at each clip, `panels[title] = (values, clips by name)`."""
+    figure, axes = new_figure(len(panels), 1, height=2.7 * len(panels), squeeze=False)
+    names = dict.fromkeys(name for _, clips in panels.values() for name in clips)
+    colours = (COLOURS[c] for c in ("blue", "green", "red", "orange", "purple", "grey"))
+    colour_of = dict(zip(names, colours, strict=False))
+    for axis, (title, (values, clips)) in zip(axes[:, 0], panels.items(), strict=True):
+        sizes = values.flatten().abs()
+        low, high = float(sizes.median()) / 100, 1.2 * float(sizes.max())
+        axis.hist(sizes.numpy(), bins=np.geomspace(low, high, 80), color=COLOURS["sky"])
+        for name, clip in clips.items():
+            axis.axvline(clip, color=colour_of[name], linewidth=2, label=f"{name}: {clip:,.2f}")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_title(title, fontsize=10)
+        axis.set_ylabel("values")
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axes[-1, 0].set_xlabel("|x|")
+    return figure
+
+
+@styled
+def loss_against_alpha(
+    panels: dict[str, dict[str, tuple[list[float], float]]], alphas: list[float], ylabel: str
+) -> Figure:
+    """A curve over `alphas` and a dashed line for none: `panels[title][kind] = (losses, without)`."""
+    figure, axes = new_figure(1, len(panels), height=3.6, squeeze=False)
+    for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
+        for (kind, (losses, without)), colour in zip(
+            curves.items(), COLOURS.values(), strict=False
+        ):
+            axis.plot(alphas, losses, marker="o", color=colour, label=f"{kind}, smoothed")
+            axis.axhline(without, linestyle="--", color=colour, label=f"{kind}, not smoothed")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("alpha")
+    axes[0][0].set_ylabel(ylabel)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+@styled
+def sensitivity_bars(losses: dict[str, dict[str, float]], xlabel: str) -> Figure:
+    """A row for each part of a model, a bar for each variant: `losses[variant][part]`."""
+    parts = list(next(iter(losses.values())))
+    figure, axis = new_figure(height=1.0 + 0.2 * len(parts) * max(1, len(losses) / 2))
+    width = 0.8 / len(losses)
+    for i, ((variant, of_part), colour) in enumerate(
+        zip(losses.items(), COLOURS.values(), strict=False)
+    ):
+        places = torch.arange(len(parts)) + (i - (len(losses) - 1) / 2) * width
+        axis.barh(places, [of_part[part] for part in parts], width, label=variant, color=colour)
+    axis.set_yticks(range(len(parts)), parts, fontsize=8)
+    axis.set_ylabel("the part that is quantized")
+    axis.invert_yaxis()
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_xlabel(xlabel)
+    axis.legend(fontsize=8)
+    return figure
+
+
+@styled
+def predicted_against_measured(
+    points: dict[str, tuple[list[float], list[float]]], unit: str
+) -> Figure:
+    """Scatter with the diagonal on logarithmic axes, `points[label] = (predicted, measured)`."""
+    figure, axis = new_figure(width=6.0, height=4.2)
+    both = [v for predicted, measured in points.values() for v in (*predicted, *measured) if v > 0]
+    ends = [min(both) / 1.3, max(both) * 1.3]
+    axis.plot(ends, ends, color=COLOURS["grey"], linestyle="--", label="as predicted")
+    markers = ("o", "^", "s", "D", "v")
+    for (label, values), colour, marker in zip(
+        points.items(), COLOURS.values(), markers, strict=False
+    ):
+        axis.plot(*values, marker, color=colour, label=label)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel(f"predicted: sum of single losses, {unit}")
+    axis.set_ylabel(f"measured, {unit}")
+    axis.legend(fontsize=8)
+    return figure
