@@ -211,6 +211,22 @@ def test_a_damaged_quantized_model_is_refused_with_its_reason(saved, tmp_path, d
     assert str(folder) in str(refused.value)
 
 
+def test_a_tensor_left_out_is_missed_though_memory_holds_its_bytes(saved, tmp_path, monkeypatch):
+    """As freed memory may, in a process that had the same model before."""
+    folder = shutil.copytree(saved, tmp_path / "model")
+    right = load_file(folder / "model.safetensors")[f"{LAYER}.codes"]
+    change_tensor(folder, "codes", lambda t: None)
+    empty_like = torch.empty_like
+
+    def reused(tensor: torch.Tensor, **kwargs) -> torch.Tensor:
+        same = tensor.shape == right.shape and tensor.dtype == right.dtype
+        return right.clone() if same else empty_like(tensor, **kwargs)
+
+    monkeypatch.setattr(torch, "empty_like", reused)
+    with pytest.raises(ModelUnavailable, match=ALTERED):
+        load_model(str(folder))
+
+
 # The cache
 
 

@@ -8,9 +8,11 @@ nothing but the answers of the model would tell.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -23,7 +25,7 @@ FORMAT = "course_utils"
 
 @register_quantization_config(FORMAT)
 class CourseQuantizationConfig(QuantizationConfigMixin):
-    """The quantized layers by name: method, settings and layout of each (`_entry`); all of it JSON."""
+    """The quantized layers by name: method, settings and layout of each (`describe`); all of it JSON."""
 
     def __init__(self, layers: dict, quant_method: str = FORMAT, **_):
         self.quant_method = quant_method
@@ -36,11 +38,14 @@ class CourseQuantizer(HfQuantizer):
 
     requires_calibration = True  # transformers: only models that are quantized already are loaded
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs
+    ) -> nn.Module:
+        stored = _names_in(checkpoint_files or ())
         for name, entry in self.quantization_config.layers.items():
             method = _method(name, entry)
             try:
-                module = _empty_layer(method, entry)
+                module = empty_layer(method, entry)
                 shape = tuple(LinearLayer(name, model.get_submodule(name)).weight.shape)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(
@@ -52,6 +57,10 @@ class CourseQuantizer(HfQuantizer):
                     f"config.json disagrees with itself: layer {name} of this model is {shape}, its codes "
                     f"are {module.quantized_weight.shape}. Save the quantized model again."
                 )
+            # What is missing would stay memory that nothing has written to. It can hold anything, the right
+            # bytes of a model that was just freed included, so no hash can tell.
+            if checkpoint_files and not stored >= {f"{name}.{key}" for key in module.state_dict()}:
+                raise _altered(name)
             replace_module(model, name, module)
             # GPT-2 would draw fresh weights for the children of its attention and MLP modules.
             for loaded in (module, model.get_submodule(name.rpartition(".")[0])):
@@ -63,10 +72,7 @@ class CourseQuantizer(HfQuantizer):
             module = model.get_submodule(name)
             _restore_dtypes(module, entry)
             if _digest(module) != entry.get("sha256"):
-                raise ValueError(
-                    f"the file of the weights does not hold layer {name} as it was saved: it is not whole, "
-                    "or was altered. Save the quantized model again."
-                )
+                raise _altered(name)
         return model
 
     def is_serializable(self, **_) -> bool:
@@ -77,12 +83,28 @@ class CourseQuantizer(HfQuantizer):
         return False
 
 
+def _altered(layer: str) -> ValueError:
+    return ValueError(
+        f"the file of the weights does not hold layer {layer} as it was saved: it is not whole, or was "
+        "altered. Save the quantized model again."
+    )
+
+
+def _names_in(files: Sequence[str]) -> set[str]:
+    """Names of all tensors in safetensors files."""
+    names = set()
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            names |= set(opened.keys())
+    return names
+
+
 def mark_quantized(model: nn.Module) -> None:
     """Write the format into the model's configuration, so that `save_pretrained` stores it."""
     if not hasattr(model, "config"):
         return
     layers = {
-        name: _entry(module)
+        name: describe(module)
         for name, module in model.named_modules()
         if isinstance(module, QuantizedLinear)
     }
@@ -103,7 +125,8 @@ def _method(layer: str, entry: dict) -> Method:
         ) from error
 
 
-def _empty_layer(method: Method, entry: dict) -> QuantizedLinear:
+def empty_layer(method: Method, entry: dict) -> QuantizedLinear:
+    """The layer that `describe` wrote `entry` of, its tensors on the meta device."""
     with torch.device("meta"):
         tensors = {key: _empty(spec) for key, spec in entry["tensors"].items()}
         bias = _empty(entry["bias"]) if entry["bias"] else None
@@ -121,8 +144,8 @@ def _restore_dtypes(module: QuantizedLinear, entry: dict) -> None:
         setattr(module, name, tensor.to(getattr(torch, dtype)))
 
 
-def _entry(module: QuantizedLinear) -> dict:
-    """What the configuration says of a layer."""
+def describe(module: QuantizedLinear) -> dict:
+    """What is written down of a layer beside its tensors; all of it JSON."""
     weight = module.quantized_weight
     tensors = weight.tensors()
     return {
