@@ -41,8 +41,10 @@ class Profile:
     reason: str
 
     def pick(self, *, quick: T, cpu: T, gpu: T | None = None) -> T:
-        """The size for this profile; `colab` and `gpu` take `gpu` (default: as `cpu`)."""
-        return {"quick": quick, "cpu": cpu}.get(self.name, cpu if gpu is None else gpu)
+        """The size for this profile; where it has a card that is `gpu` (default: as `cpu`)."""
+        if self.name == "quick":
+            return quick
+        return cpu if gpu is None or self.device.type == "cpu" else gpu
 
     def load_models(self) -> dict[str, LoadedModel]:
         """The profile's models by name.

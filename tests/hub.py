@@ -38,6 +38,7 @@ class Hub:
     - `altered weights`: one bit of a large file is another
     - `altered configuration`: one bit of every small file is another
     - `loop`: a large file is redirected to itself
+    - `no lfs`: the list says nothing of large file storage, as that of a mirror may
 
     `release()` lets go of what is stalled. `requests` lists what was asked, as "GET /path";
     `tokens` lists the paths to which a client sent its token.
@@ -168,6 +169,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(status, headers={"X-Error-Code": code})
         elif match.re is DESCRIPTION:
             siblings = [_sibling(name, content) for name, content in files.items()]
+            if self.hub.fault == "no lfs":
+                siblings = [{k: v for k, v in one.items() if k != "lfs"} for one in siblings]
             self._json({"id": repo, "modelId": repo, "sha": commit, "siblings": siblings})
         elif match.re is TREE:
             self._json([_entry(name, content) for name, content in files.items()])

@@ -418,4 +418,4 @@ def test_set_up_cell_installs_once_and_replaces_nothing(bare_python, tmp_path):
     install = [bare_python, "-m", "pip", "install", "--no-index", wheel(tmp_path, "0.0.1")]
     subprocess.run(install, check=True, capture_output=True)
     old = set_up(bare_python, spec)
-    assert f"course_utils is 0.0.1, not {__version__}" in old.stderr
+    assert f"needs course_utils {__version__}, not 0.0.1. On Colab open it by" in old.stderr

@@ -267,6 +267,13 @@ def test_a_model_that_the_hub_cannot_give_is_told_before_its_weights_are_fetched
     assert not any(request.startswith("GET /large") for request in hub.requests)
 
 
+def test_weights_that_are_listed_without_their_hash_are_not_the_pinned_ones(hub, reader, cache):
+    hub.fault = "no lfs"
+    answer = reader.load("gpt2", cache, "chosen")
+    assert f"offers other weights of {GPT2[0]} than the course was tested with" in answer["error"]
+    assert not any(request.startswith("GET /large") for request in hub.requests)
+
+
 def test_two_processes_at_once_load_it_and_fetch_it_once(hub, reader, cache, tmp_path):
     hub.fault = "stalled weights"
     second = Reader(tmp_path / "home", **on(hub) | {"HF_HUB_DOWNLOAD_TIMEOUT": "60"})

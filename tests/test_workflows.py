@@ -153,6 +153,19 @@ def test_a_runner_of_ones_own_sees_no_pull_request_and_no_fork():
                 assert set(read(path)["on"]) == {"push", "workflow_dispatch"}
 
 
+def test_actionlint_is_told_the_labels_of_runners_of_ones_own():
+    """actionlint knows GitHub's own labels only, and refuses any other."""
+    told = yaml.safe_load((FOLDER.parent / "actionlint.yaml").read_text(encoding="utf-8"))
+    labels = {
+        label
+        for path in WORKFLOWS
+        for job in jobs(path)
+        if isinstance(job.get("runs-on"), list)
+        for label in job["runs-on"]
+    }
+    assert told == {"self-hosted-runner": {"labels": sorted(labels - {"self-hosted"})}}
+
+
 def test_addresses_stay_out():
     for path in WORKFLOWS:
         text = path.read_text(encoding="utf-8")

@@ -55,7 +55,8 @@ def _fetch(repo: str, commit: str, weights_sha256: str | None, target: Path) -> 
                 f"{repo} holds no model.safetensors at {commit}, and pickled weights are not read. "
                 "Choose a model or a commit that has safetensors."
             )
-        if weights_sha256 is not None and [file.lfs.sha256 for file in weights] != [weights_sha256]:
+        offered = [file.lfs and file.lfs.sha256 for file in weights]
+        if weights_sha256 is not None and offered != [weights_sha256]:
             raise DownloadError(
                 f"the hub at {constants.ENDPOINT} offers other weights of {repo} than the course was "
                 f"tested with, SHA-256 {weights_sha256}. Check HF_ENDPOINT."
