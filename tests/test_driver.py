@@ -1,19 +1,27 @@
 """Block by block: what reaches a block and its layers, what is kept meanwhile, and what is refused."""
 
 import copy
+import itertools
+import os
+import subprocess
+import sys
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import pytest
 import torch
 from tiny_models import some_tokens, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from course_utils.models import BlockInputs, blocks, linear_layers
 from course_utils.quantizers import Method, get_method, quantize_model
+from course_utils.quantizers.affine import Affine
+from course_utils.quantizers.gptq import GPTQ
 from course_utils.quantizers.llm_int8 import Int8Weight, LLMInt8
+from course_utils.quantizers.smoothquant import SmoothQuant
 
 INT8 = LLMInt8(threshold=0.0)
 
@@ -142,6 +150,34 @@ def test_output_errors_are_those_of_the_layer_on_the_inputs_it_was_calibrated_wi
         assert layer.output_error == pytest.approx(error.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+def test_output_errors_that_statistics_tell_are_those_that_are_measured(make, monkeypatch):
+    """Without the layers' biases, which GPT-2 has."""
+    told = quantize_model(make(), GPTQ(group_size=8), calibration=some_tokens(8, 20))
+    monkeypatch.setattr(GPTQ, "output_error", Method.output_error)
+    measured = quantize_model(make(), GPTQ(group_size=8), calibration=some_tokens(8, 20))
+    for one, other in zip(told.layers, measured.layers, strict=True):
+        assert one.output_error == pytest.approx(other.output_error, rel=1e-4)
+
+
+@dataclass(frozen=True, eq=False)
+class Watcher(Probe):
+    """A probe that leaves blocks as they are."""
+
+    prepare = Method.prepare
+
+
+def test_only_layers_of_one_method_share_statistics():
+    record = Record()
+    model, one, other = tiny_llama(), Watcher(record), Watcher(record)
+    attention = "model.layers.0.self_attn"
+    methods = {f"{attention}.q_proj": one, f"{attention}.k_proj": other, f"{attention}.v_proj": one}
+    quantize_model(model, methods, calibration=some_tokens())
+    query, key, value = (inputs for inputs, _ in record.layers)
+    assert query is value and query is not key
+    assert all(torch.equal(a, b) for a, b in zip(query, key, strict=True))
+
+
 def test_methods_that_look_at_no_inputs_are_measured_on_the_float_model():
     tokens, record = some_tokens(), Record()
     by_probe = quantize_model(tiny_gpt2(), FloatProbe(record), calibration=tokens)
@@ -178,10 +214,13 @@ def test_blocks_may_return_a_tensor_or_a_tuple(wrapped, monkeypatch):
 
 @pytest.mark.parametrize("probe", [Probe, FloatProbe])
 def test_no_more_than_one_block_is_held(probe):
-    """When the next block begins, float layers and statistics of the one before are gone."""
+    """When the next block begins, float layers and statistics of the one before are gone.
+
+    Of seven layers three read one tensor, and two another: they share their statistics.
+    """
     record = Record()
     quantize_model(tiny_llama(), probe(record), calibration=some_tokens())
-    assert record.alive == [0, 0] and len(record.held) == 28
+    assert record.alive == [0, 0] and len(record.held) == 2 * (7 + 4)
 
 
 def test_half_precision_is_kept():
@@ -195,6 +234,149 @@ def test_the_model_keeps_no_hook_and_no_cache():
     quantize_model(model, Probe(Record()), calibration=some_tokens())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert model.config.use_cache
+
+
+# A run that was cut off
+
+
+class PlugPulled(Exception):
+    """What stops the runs below."""
+
+
+def stop_at_layer(number: int, monkeypatch, method: type) -> None:
+    """Let the `number`-th layer that is quantized from now on raise `PlugPulled`."""
+    original, calls = method.quantize, itertools.count(1)
+
+    def quantize(self, *args):
+        if next(calls) == number:
+            raise PlugPulled
+        return original(self, *args)
+
+    monkeypatch.setattr(method, "quantize", quantize)
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+@pytest.mark.parametrize(
+    "method",
+    [GPTQ(group_size=8, act_order=True), SmoothQuant(), Affine(group_size="row", inputs="static")],
+    ids=lambda method: method.name,
+)
+def test_a_run_that_was_cut_off_goes_on_bit_for_bit(make, method, tmp_path, monkeypatch):
+    tokens, whole = some_tokens(3, 17), make()
+    expected = quantize_model(whole, method, calibration=tokens)
+    layers = len(expected.layers)
+    with monkeypatch.context() as patch:
+        stop_at_layer(layers, patch, type(method))  # the very last one
+        with pytest.raises(PlugPulled):
+            quantize_model(make(), method, calibration=tokens, checkpoint=tmp_path / "new" / "run")
+    resumed = make()
+    with monkeypatch.context() as patch:
+        stop_at_layer(layers // 2 + 1, patch, type(method))  # those of the first block are there
+        report = quantize_model(
+            resumed, method, calibration=tokens, checkpoint=tmp_path / "new" / "run"
+        )
+    assert all(
+        replace(one, seconds=0) == replace(other, seconds=0)
+        for one, other in zip(report.layers, expected.layers, strict=True)
+    )
+    state, resumed_state = whole.state_dict(), resumed.state_dict()
+    assert state.keys() == resumed_state.keys()
+    assert all(torch.equal(state[name], resumed_state[name]) for name in state)
+    resumed.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, whole(tokens).logits)
+
+
+@pytest.mark.parametrize("other", ["model", "method", "tokens"])
+def test_blocks_of_another_run_are_refused(other, tmp_path):
+    method, tokens = GPTQ(group_size=8), some_tokens(3, 17)
+    quantize_model(tiny_llama(), method, calibration=tokens, checkpoint=tmp_path)
+    model = tiny_llama(seed=1 if other == "model" else 0)
+    method = GPTQ(group_size=8, n_bits=3) if other == "method" else method
+    tokens = some_tokens(3, 17, seed=1) if other == "tokens" else tokens
+    with pytest.raises(ValueError, match=r"holds blocks of another run: .* an empty folder"):
+        quantize_model(model, method, calibration=tokens, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["progress", "model.layers.1"])
+def test_a_damaged_checkpoint_is_refused(name, tmp_path):
+    method, tokens = GPTQ(group_size=8), some_tokens(3, 17)
+    quantize_model(tiny_llama(), method, calibration=tokens, checkpoint=tmp_path)
+    file = tmp_path / f"{name}.safetensors"
+    content = file.read_bytes()
+    for damaged in (content[: len(content) // 2], content[:4], b""):
+        file.write_bytes(damaged)
+        with pytest.raises(
+            ValueError, match=rf"{name}\.safetensors cannot be read .*an empty folder"
+        ):
+            quantize_model(tiny_llama(), method, calibration=tokens, checkpoint=tmp_path)
+    file.write_bytes(content)
+    quantize_model(tiny_llama(), method, calibration=tokens, checkpoint=tmp_path)
+
+
+def test_a_checkpoint_without_calibration_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"checkpoint '.*' without calibration: .*Give calibration="
+    ):
+        quantize_model(tiny_gpt2(), INT8, checkpoint=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# Memory
+
+LIMITED = """
+import resource, sys
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from course_utils.models import blocks
+from course_utils.quantizers import get_method, quantize_model
+from course_utils.quantizers.gptq import Hessian
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+config = LlamaConfig(
+    vocab_size=99, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4
+)
+models = [LlamaForCausalLM(config).eval() for _ in range(2)]
+tokens = torch.randint(0, 99, (256, 256))
+method = get_method("gptq", group_size=64)
+# Once without a limit, so that all libraries have what they need.
+quantize_model(models.pop(), method, calibration=tokens[:2])
+
+[model] = models
+_, block = blocks(model)[0]
+activations = 4 * tokens.numel() * 128
+statistics = 8 * (6 * 128**2 + 256**2)
+weights = sum(4 * p.numel() for p in block.parameters())
+with open("/proc/self/status") as file:
+    used = next(1024 * int(line.split()[1]) for line in file if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (used + int({room}), resource.RLIM_INFINITY))
+kept, update = [], Hessian.update
+if {careless}:
+    Hessian.update = lambda self, x: (kept.append(x), update(self, x))
+quantize_model(model, method, calibration=tokens)
+print("done")
+"""
+
+
+def run_limited(room: str, careless: bool = False) -> subprocess.CompletedProcess:
+    """Quantize four blocks with so much memory beside the float model; `careless`: and keep what was seen."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    script = LIMITED.replace("{room}", room).replace("{careless}", str(careless))
+    return subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts all memory on Linux only")
+def test_memory_stays_within_one_blocks_activations_statistics_and_weights():
+    """Beside the float model. Hessians are float64, and solving takes some copies of one."""
+    room = "1.1 * activations + 4 * statistics + 2 * weights"
+    enough = run_limited(room)
+    assert enough.stdout == "done\n", enough.stderr
+    for too_much in (run_limited("0.9 * activations"), run_limited(room, careless=True)):
+        assert "can't allocate memory" in too_much.stderr and not too_much.stdout
 
 
 # What is refused

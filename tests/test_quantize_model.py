@@ -205,13 +205,24 @@ def test_a_mapping_with_a_wrong_name_names_near_ones_and_changes_nothing():
         ValueError, match=r"'transformer\.h\.1\.mlp\.fc'\. Near are .*h\.1\.mlp\.c_fc"
     ):
         quantize_model(model, {C_ATTN: method, "transformer.h.1.mlp.fc": method})
-    with pytest.raises(ValueError, match=r"no float linear layer 'lm_head'"):
-        quantize_model(model, {"lm_head": method})
     with pytest.raises(ValueError, match=r"mapping .* is empty"):
         quantize_model(model, {})
     with pytest.raises(TypeError, match=r"c_fc is mapped to 'llm_int8', which is no method"):
         quantize_model(model, {C_FC: "llm_int8"})
     assert len(linear_layers(model)) == 8
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+def test_the_lm_head_is_left_float_and_refused_by_name(make):
+    """Both models tie it to the embedding, which quantizing it would change as well."""
+    model = make()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    quantize_model(model, get_method("affine", group_size=8))
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    with pytest.raises(
+        ValueError, match=r"lm_head is the LM head, which stays float .* leave it out"
+    ):
+        quantize_model(make(), {"lm_head": get_method("affine", group_size=8)})
 
 
 def test_course_lm_in_int8_keeps_its_perplexity():

@@ -92,11 +92,16 @@ class BlockInputs:
     def of_first_block(cls, model: nn.Module, tokens: Tensor) -> "BlockInputs":
         """Inputs of the first block of `model` on `tokens` `[sequences, length]`; nothing else is run."""
         _, first = blocks(model)[0]
-        hidden, others = [], ()
+        hidden, others = None, ()
+        sequences = iter(range(len(tokens)))
 
         def keep(_, args: tuple, kwargs: dict):
-            nonlocal others
-            hidden.append(args[0])
+            nonlocal hidden, others
+            if (
+                hidden is None
+            ):  # at once as large as it gets: joining parts would need twice the memory
+                hidden = args[0].new_empty(len(tokens), *args[0].shape[1:])
+            hidden[next(sequences)] = args[0][0]
             others = (args[1:], kwargs)
             raise _FirstBlockReached
 
@@ -111,7 +116,7 @@ class BlockInputs:
                     continue
         finally:
             handle.remove()
-        return cls(torch.cat(hidden), *others)
+        return cls(hidden, *others)
 
     def outputs(self, block: nn.Module) -> Iterator[Tensor]:
         """Hidden states `[1, length, width]` that leave `block`, one sequence after the other."""

@@ -9,6 +9,7 @@ import pkgutil
 
 from course_utils.quantizers.base import (
     METHODS,
+    LayerReport,
     Method,
     QuantizedLinear,
     QuantizedWeight,
@@ -16,7 +17,7 @@ from course_utils.quantizers.base import (
     get_method,
     register,
 )
-from course_utils.quantizers.model import LayerReport, Report, quantize_model
+from course_utils.quantizers.model import Report, quantize_model
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -77,6 +77,12 @@ class Method:
         """Codes of a float `weight` `[out, in]`, given the statistics of its layer's inputs."""
         raise NotImplementedError
 
+    def output_error(
+        self, weight: Tensor, quantized: QuantizedWeight, statistics: Statistics
+    ) -> float | None:
+        """|x W^T - x Q^T|^2 / |x W^T|^2 over the calibration, if the statistics tell; else it is measured."""
+        return None
+
     def linear(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         """`x @ weight.T + bias` for `x` `[tokens, in]`, in the dtype of `x`: how inputs are treated."""
         raise NotImplementedError
@@ -87,9 +93,14 @@ class Method:
         return type(self).prepare is not Method.prepare
 
     @property
+    def wants_statistics(self) -> bool:
+        """Whether `quantize` needs statistics of the layer's inputs."""
+        return self.new_statistics(1, torch.device("cpu")) is not None
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether it looks at inputs before it quantizes: it rewrites blocks, or wants statistics."""
-        return self.rewrites_blocks or self.new_statistics(1, torch.device("cpu")) is not None
+        return self.rewrites_blocks or self.wants_statistics
 
 
 METHODS: dict[str, type] = {}
@@ -127,6 +138,15 @@ def check_weight(weight: Tensor) -> None:
             f"{int(bad.sum())} of {weight.numel()} weights are not finite in float32, the first is "
             f"{weight[row, column].item()} at [{row}, {column}]: repair the checkpoint."
         )
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no value is NaN or infinite.
+
+    Either would be in the sum, which takes a fraction of the time. A sum can also overflow: then each
+    value is looked at.
+    """
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 
 def dequantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
@@ -178,3 +198,17 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         bits = self.quantized_weight.bits_per_weight
         return f"{self.in_features}, {self.out_features}, {bits:.3f} bits per weight, {self.method}"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer."""
+
+    name: str
+    shape: tuple[int, int]
+    bits_per_weight: float
+    nbytes: int
+    weight_error: float  # |W - Q(W)|^2 / |W|^2, with W as `prepare` left it
+    # |x W^T - Q(x) Q(W)^T|^2 / |x W^T|^2 on the calibration tokens, if there were any; without bias
+    output_error: float | None
+    seconds: float  # taken by the method's `quantize`

@@ -11,7 +11,8 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -25,20 +26,14 @@ from course_utils.models.walk import (
     linear_layers,
     replace_module,
 )
-from course_utils.quantizers.base import Method, QuantizedLinear, Statistics
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one layer."""
-
-    name: str
-    shape: tuple[int, int]
-    bits_per_weight: float
-    nbytes: int
-    weight_error: float  # |W - Q(W)|^2 / |W|^2, with W as `prepare` left it
-    output_error: float | None  # |y - Q(y)|^2 / |y|^2 on the calibration tokens, if there were any
-    seconds: float  # taken by the method's `quantize`
+from course_utils.quantizers.base import (
+    LayerReport,
+    Method,
+    QuantizedLinear,
+    Statistics,
+    all_finite,
+)
+from course_utils.quantizers.checkpoint import Checkpoint
 
 
 @contextmanager
@@ -53,7 +48,7 @@ def naming(what: str) -> Iterator[None]:
 def quantize_layer(
     layer: LinearLayer, method: Method, statistics: Statistics | None = None
 ) -> tuple[QuantizedLinear, LayerReport]:
-    """The layer that takes the place of `layer`, and its report, without output error."""
+    """The layer that takes the place of `layer`, and its report, with an output error if statistics tell."""
     start = time.perf_counter()
     with naming(f"layer {layer.name}"):
         weight = method.quantize(layer.weight, statistics)
@@ -66,7 +61,7 @@ def quantize_layer(
         weight.bits_per_weight,
         weight.nbytes,
         error.relative,
-        None,
+        method.output_error(layer.weight, weight, statistics) if statistics else None,
         seconds,
     )
     return QuantizedLinear(method, weight, layer.bias), report
@@ -87,26 +82,41 @@ def gather(
 
 @torch.no_grad()
 def quantize_blocks(
-    model: nn.Module, methods: Mapping[str, Method], tokens: Tensor, *, progress: bool = False
+    model: nn.Module,
+    methods: Mapping[str, Method],
+    tokens: Tensor,
+    *,
+    checkpoint: Path | None = None,
+    progress: bool = False,
 ) -> list[LayerReport]:
     """Replace the linear layers of `model` that `methods` names, block by block; reports in order.
 
     `tokens` `[sequences, length]` are the calibration. Output errors are measured on the inputs that the
     statistics come from: those of the float model, or of the model quantized up to this block; where
-    no method looks at inputs, those of the float model. Raises `ValueError` if a layer lies in no block,
-    or if methods ask for what cannot be had together.
+    no method looks at inputs, those of the float model. Blocks that the folder `checkpoint` holds are
+    taken from there, and it gets the others. Raises `ValueError` if a layer lies in no block, if methods
+    ask for what cannot be had together, or if the folder's blocks are of another run.
     """
     prefix = _prefix(methods)
     _check_blocks(model, methods)
     inputs = BlockInputs.of_first_block(model, tokens)
+    kept = Checkpoint.of_run(checkpoint, model, methods, tokens) if checkpoint else None
+    finished = kept.finished(inputs) if kept else 0
     reports = []
-    for name, block in tqdm(blocks(model), disable=not progress, desc="blocks"):
-        reports += _quantize_block(model, name, block, methods, inputs, prefix)
+    for number, (name, block) in enumerate(
+        tqdm(blocks(model), disable=not progress, desc="blocks")
+    ):
+        if number < finished:
+            reports += kept.restore(name, block)
+            continue
+        new = _quantize_block(name, block, methods, inputs, prefix)
+        if kept:
+            kept.save(name, block, new, number + 1, inputs)
+        reports += new
     return reports
 
 
 def _quantize_block(
-    model: nn.Module,
     name: str,
     block: nn.Module,
     methods: Mapping[str, Method],
@@ -118,22 +128,68 @@ def _quantize_block(
     if method := _rewriting(name, own):
         with naming(f"block {name}"):
             method.prepare(block, inputs)
-    statistics = {}
-    for layer, method in own.items():
-        new = method.new_statistics(layer.weight.shape[1], layer.weight.device)
-        if new is not None:
-            statistics[layer] = new
-    if statistics:
-        gather(block, inputs, statistics)
+    statistics = _statistics(block, inputs, own)
     quantized = {
         layer: quantize_layer(layer, method, statistics.get(layer)) for layer, method in own.items()
     }
     reports = _output_errors(block, inputs, quantized, advance=prefix == "float")
     for layer, (module, _) in quantized.items():
-        replace_module(model, layer.name, module)
+        replace_module(block, layer.name.removeprefix(f"{name}."), module)
     if prefix == "quantized":
         inputs.advance(block)
     return reports
+
+
+def _statistics(
+    block: nn.Module, inputs: BlockInputs, own: Mapping[LinearLayer, Method]
+) -> dict[LinearLayer, Statistics]:
+    """The statistics that the methods want of their layers' inputs.
+
+    Layers that read the same tensor, as queries, keys and values do, have one together if their
+    method is the same.
+    """
+    wanting = [layer for layer, method in own.items() if method.wants_statistics]
+    statistics: dict[LinearLayer, Statistics] = {}
+    if not wanting:
+        return statistics
+    to_gather = {}
+    for layers in _reading_the_same(block, inputs, wanting):
+        of_method: dict[Method, Statistics] = {}
+        for layer in layers:
+            method = own[layer]
+            if method not in of_method:
+                columns, device = layer.weight.shape[1], layer.weight.device
+                of_method[method] = to_gather[layer] = method.new_statistics(columns, device)
+            statistics[layer] = of_method[method]
+    gather(block, inputs, to_gather)
+    return statistics
+
+
+def _reading_the_same(
+    block: nn.Module, inputs: BlockInputs, layers: list[LinearLayer]
+) -> list[list[LinearLayer]]:
+    """The layers in groups whose input is one tensor, as running the first sequence shows."""
+    readers: list[tuple[Tensor, list[LinearLayer]]] = []  # keeps the tensors, and so apart
+
+    def hook_for(layer: LinearLayer) -> Callable:
+        def hook(_, args: tuple):
+            for tensor, group in readers:
+                if tensor is args[0]:
+                    group.append(layer)
+                    return
+            readers.append((args[0], [layer]))
+
+        return hook
+
+    handles = [layer.module.register_forward_pre_hook(hook_for(layer)) for layer in layers]
+    try:
+        next(inputs.outputs(block))
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups = [group for _, group in readers]
+    ran = {layer for group in groups for layer in group}
+    return groups + [[layer] for layer in layers if layer not in ran]
 
 
 def _own(name: str, block: nn.Module, methods: Mapping[str, Method]) -> dict[LinearLayer, Method]:
@@ -186,21 +242,24 @@ def _output_errors(
     *,
     advance: bool,
 ) -> list[LayerReport]:
-    """The reports with output errors; `advance`: and the inputs become those of the next block."""
-    errors = {layer: _Error() for layer in quantized}
+    """The reports, all with output errors; `advance`: and the inputs become those of the next block."""
+    errors = {
+        layer: _Error() for layer, (_, report) in quantized.items() if report.output_error is None
+    }
 
     def compare(layer: LinearLayer) -> Callable[[Tensor, Tensor], None]:
         module, _ = quantized[layer]
-        return lambda x, y: errors[layer].add(y, module(x))
+        bias = 0 if layer.bias is None else layer.bias
+        return lambda x, y: errors[layer].add(y - bias, module(x) - bias)
 
-    with _watched({layer: compare(layer) for layer in quantized}):
+    with _watched({layer: compare(layer) for layer in errors}):
         if advance:
             inputs.advance(block)
-        else:
+        elif errors:
             for _ in inputs.outputs(block):
                 pass
     return [
-        replace(report, output_error=errors[layer].relative)
+        replace(report, output_error=errors[layer].relative) if layer in errors else report
         for layer, (_, report) in quantized.items()
     ]
 
@@ -214,7 +273,7 @@ def _watched(watchers: Mapping[LinearLayer, Callable[[Tensor, Tensor], None]]) -
 
         def hook(_, args: tuple, output: Tensor):
             x, sequence = args[0], next(sequences)
-            if not x.isfinite().all():
+            if not all_finite(x):
                 raise ValueError(
                     f"layer {layer.name}: {int((~x.isfinite()).sum())} of its {x.numel()} inputs are NaN or "
                     f"infinite in {x.dtype} on calibration sequence {sequence}. Repair the checkpoint, or "

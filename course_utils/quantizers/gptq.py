@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from course_utils.quantizers.affine import AffineWeight
-from course_utils.quantizers.base import Method, check_weight, dequantized_linear, register
+from course_utils.quantizers.base import (
+    Method,
+    all_finite,
+    check_weight,
+    dequantized_linear,
+    register,
+)
 from course_utils.quantizers.grid import (
     code_range,
     dequantize,
@@ -24,28 +30,33 @@ from course_utils.quantizers.grid import (
     stored_scale,
 )
 
+STRIP = 192  # rows of the Hessian that are added to at once: small ones leave out more of its upper half
+
 
 class Hessian:
     """H = 2/n sum x x^T over all n tokens x of a layer's inputs: of |W x - Q x|^2, in any row of W.
 
-    Summed up in float64. The factor 2/n changes no code: H and c H give the same.
+    Summed up in float64, the half below the diagonal only, since H is symmetric. The factor 2/n
+    changes no code: H and c H give the same.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu"):
-        self.tokens = self.batches = 0
+        self.tokens = self.batches = self._complete = 0
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
 
     def update(self, x: Tensor) -> None:
         """Take in a batch of inputs `x` `[tokens, in]`; ValueError if some are NaN or infinite."""
         self.batches += 1
-        if not x.isfinite().all():
+        if not all_finite(x):
             raise ValueError(
                 f"calibration batch {self.batches}: {int((~x.isfinite()).sum())} of {x.numel()} "
                 f"inputs are NaN or infinite in {x.dtype}. Repair the checkpoint, or load the model "
                 "in a wider dtype."
             )
         x = x.double()
-        self._sum.addmm_(x.T, x)
+        for start in range(0, x.shape[1], STRIP):
+            stop = start + STRIP
+            self._sum[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
         self.tokens += len(x)
 
     def matrix(self) -> Tensor:
@@ -71,7 +82,23 @@ class Hessian:
                 f"{features} tokens, better 10 times as many",
                 stacklevel=2,
             )
-        return self._sum * (2 / self.tokens)
+        return self._symmetric_sum() * (2 / self.tokens)
+
+    def relative_error(self, weight: Tensor, approximation: Tensor) -> float:
+        """|x W^T - x Q^T|^2 / |x W^T|^2 over all tokens seen: tr(dW H dW^T) / tr(W H W^T).
+
+        Multiplied in float32: this is for reports.
+        """
+        H = self._symmetric_sum().float()
+        error, power = (((m @ H) * m).sum().item() for m in (weight - approximation, weight))
+        return error / power if power else 0.0
+
+    def _symmetric_sum(self) -> Tensor:
+        """The sum, with its upper half filled in if batches came since that was done."""
+        if self._complete != self.tokens:
+            self._sum.tril_().add_(self._sum.tril(-1).T)
+            self._complete = self.tokens
+        return self._sum
 
 
 class GPTQCodes(NamedTuple):
@@ -91,19 +118,23 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     of U holds all that column k needs: U[k, k]^2 and U[k, k:] U[k, k] are the head and the first row
     of the inverse of H[k:, k:], the Hessian of the columns that are still float.
 
+    The authors invert H, and factorize the inverse. The same U is the inverse of the upper R with
+    H = R R^T, which is a Cholesky factorization from the last column to the first: half the work.
+
     Raises ValueError if the damped Hessian is not positive definite in its dtype.
     """
     damped = hessian.clone()
     damped.diagonal().add_(damping * hessian.diagonal().mean())
-    lower, failed = torch.linalg.cholesky_ex(damped)
+    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
     if not failed:
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    if failed:
+        R = lower.flip(0, 1)
+        U = torch.linalg.solve_triangular(R, torch.eye(len(R)).to(R), upper=True)
+    if failed or not U.isfinite().all():
         raise ValueError(
             f"the Hessian {tuple(hessian.shape)} with damping {damping} is not positive definite in "
             f"{hessian.dtype}: raise the damping (the paper's is 0.01), or give more calibration tokens"
         )
-    return upper
+    return U
 
 
 @torch.no_grad()
@@ -142,13 +173,14 @@ def gptq_codes(
     def grids(groups: Tensor) -> tuple[Tensor, Tensor]:
         return _grids(groups, low, high, symmetric, scale_dtype)
 
-    W, H = weight.to(hessian.dtype, copy=True), hessian.clone()
-    groups = W.unflatten(1, (-1, size))  # a view
+    # Columns of the weight are rows of W here, so that each lies in one piece of memory.
+    W, H = weight.T.to(hessian.dtype).clone(memory_format=torch.contiguous_format), hessian.clone()
+    groups = W.unflatten(0, (-1, size))  # a view [groups, size, out]
     dead = H.diagonal() == 0
     H.diagonal()[dead] = 1
     if group_size == "row":
         scale, zero_point = grids(groups)  # with the weights of dead features, as the authors do
-    W[:, dead] = 0
+    W[dead] = 0
     if group_size != "row":
         scale, zero_point = grids(groups)  # unless they are static, the loop replaces them
 
@@ -157,35 +189,42 @@ def gptq_codes(
     dynamic = not (static_groups or group_size == "row")
     if act_order:
         order = H.diagonal().argsort(descending=True, stable=True)
-        W, H = W[:, order], H[order][:, order]
+        W, H = W[order], H[order][:, order]
         if not dynamic:
             group_at = order // size
     U = inverse_factor(H, damping)
 
     codes = torch.empty_like(W, dtype=torch.uint8)
     losses = torch.empty_like(W)
-    of_column = group_at.tolist()
+    of_column, pivots = group_at.tolist(), U.diagonal().tolist()
+    S, Z = scale.to(W.dtype), zero_point.to(W.dtype)
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
-        block = W[:, start:stop].clone()  # follows every column; W itself waits for the block's end
+        block = W[start:stop].clone()  # follows every column; W itself waits for the block's end
         errors = torch.zeros_like(block)
         for i, column in enumerate(range(start, stop)):
             g = of_column[column]
             if dynamic and column % size == 0:
-                group = W[:, column : column + size]
+                group = W[column : column + size]
                 if current_groups:
-                    group = group - errors[:, :i] @ U[start:column, column : column + size]
-                scale[:, g], zero_point[:, g] = grids(group)
-            w, S, Z = block[:, i], scale[:, g], zero_point[:, g]
-            q = ((w / S).round() + Z).clamp(low, high)
-            errors[:, i] = (w - S * (q - Z)) / U[column, column]
-            block[:, i:] -= errors[:, i : i + 1] * U[column, column:stop]
-            codes[:, column] = q
-        losses[:, start:stop] = errors.square() / 2
-        W[:, stop:] -= errors @ U[start:stop, stop:]
+                    group = group - U[start:column, column : column + size].T @ errors[:i]
+                scale[g], zero_point[g] = grids(group)
+                S[g], Z[g] = scale[g], zero_point[g]
+            q = ((block[i] / S[g]).round_().add_(Z[g])).clamp_(low, high)
+            codes[column] = q
+            torch.sub(block[i], q.sub_(Z[g]).mul_(S[g]), out=errors[i]).div_(pivots[column])
+            block[i + 1 :].addr_(U[column, column + 1 : stop], errors[i], alpha=-1)
+        losses[start:stop] = errors.square() / 2
+        W[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
 
     back = order.argsort()
-    return GPTQCodes(codes[:, back], scale, zero_point, group_at[back].int(), losses[:, back])
+    return GPTQCodes(
+        codes[back].T.contiguous(),
+        scale.T.contiguous(),
+        zero_point.T.contiguous(),
+        group_at[back].int(),
+        losses[back].T,
+    )
 
 
 @dataclass(frozen=True)
@@ -268,6 +307,12 @@ class GPTQ(Method):
         scattered = self.act_order and not self.static_groups and found.scale.shape[1] > 1
         return replace(stored, group_index=found.group_index if scattered else None)
 
+    def output_error(
+        self, weight: Tensor, quantized: GPTQWeight, statistics: Hessian
+    ) -> float | None:
+        """The Hessian tells it: no need to run the block again."""
+        return statistics.relative_error(weight.float(), quantized.dequantize())
+
     def linear(self, x: Tensor, weight: GPTQWeight, bias: Tensor | None) -> Tensor:
         """`x @ W.T + bias`, for `x` `[tokens, in]`, with the dequantized weight."""
         return dequantized_linear(x, weight, bias)
@@ -280,11 +325,11 @@ def _is_positive(number: object) -> bool:
 def _grids(
     groups: Tensor, low: int, high: int, symmetric: bool, scale_dtype: str
 ) -> tuple[Tensor, Tensor]:
-    """Scale, as it is stored, and zero point of each of `groups` `[..., weights]`, both `[...]`.
+    """Scale, as it is stored, and zero point of each of `groups` `[..., weights, out]`, both `[..., out]`.
 
     A group of zeros gets the range -1..1, as in the authors' code.
     """
-    minimum, maximum = groups.aminmax(dim=-1)
+    minimum, maximum = groups.aminmax(dim=-2)
     empty = (minimum == 0) & (maximum == 0)
     minimum, maximum = minimum.where(~empty, -1), maximum.where(~empty, 1)
     scale, zero_point = scale_and_zero_point(minimum, maximum, low, high, symmetric=symmetric)

@@ -4,14 +4,15 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm.std import tqdm
 
 from course_utils.models.walk import linear_layers, replace_module
-from course_utils.quantizers.base import Method, check_weight
-from course_utils.quantizers.driver import LayerReport, naming, quantize_blocks, quantize_layer
+from course_utils.quantizers.base import LayerReport, Method, check_weight
+from course_utils.quantizers.driver import naming, quantize_blocks, quantize_layer
 from course_utils.quantizers.saving import mark_quantized
 
 
@@ -59,6 +60,7 @@ def quantize_model(
     method: Method | Mapping[str, Method],
     *,
     calibration: Tensor | None = None,
+    checkpoint: Path | str | None = None,
     progress: bool = False,
 ) -> Report:
     """Replace the linear layers of `model`, in place, by `QuantizedLinear`; returns the report.
@@ -66,7 +68,9 @@ def quantize_model(
     All of them by one `method`, or those that a mapping names, each by its own; layers that it does not
     name stay float, and so do embeddings and LM head. With `calibration` `[sequences, length]` token
     ids, layers are quantized block by block (`driver.quantize_blocks`), and the report holds each
-    layer's relative output error. The result is saved by `model.save_pretrained` and loaded by
+    layer's relative output error. Each block that is finished goes into the folder `checkpoint` if one is
+    given, and the same call takes those that it holds from there: it goes on where it was stopped. The
+    result is saved by `model.save_pretrained` and loaded by
     `from_pretrained`, packed.
 
     Raises `ValueError` or `TypeError` for weights that no method takes, for names that are no float
@@ -75,11 +79,17 @@ def quantize_model(
     its inputs), the blocks before are quantized already: load the model again.
     """
     methods = _by_layer(model, method)
+    if checkpoint is not None and calibration is None:
+        raise ValueError(
+            f"checkpoint {str(checkpoint)!r} without calibration: blocks are kept one by one only where "
+            "the model is walked block by block. Give calibration= too, or leave checkpoint out."
+        )
     if calibration is None:
         reports = _quantize_layers(model, methods, progress=progress)
     else:
         _check_calibration(model, calibration)
-        reports = quantize_blocks(model, methods, calibration, progress=progress)
+        folder = None if checkpoint is None else Path(checkpoint)
+        reports = quantize_blocks(model, methods, calibration, checkpoint=folder, progress=progress)
     mark_quantized(model)
     return Report(method, reports)
 
@@ -95,7 +105,13 @@ def _by_layer(model: nn.Module, method: Method | Mapping[str, Method]) -> Mappin
     names = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, chosen in methods.items():
+        if head is not None and name in names.get(head, ()):
+            raise ValueError(
+                f"{name} is the LM head, which stays float as in the methods' papers, and in many models is "
+                "the embedding as well: leave it out of the mapping."
+            )
         if name not in layers:
             near = get_close_matches(name, layers, cutoff=0)
             raise ValueError(

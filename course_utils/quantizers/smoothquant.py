@@ -69,7 +69,8 @@ class SmoothQuantWeight(QuantizedWeight):
 class SmoothQuant(Method):
     """Smoothing, then int8: weights by the absmax of each row, inputs as `inputs` says.
 
-    `alpha`: how much of the difficulty moves from the inputs (0: none) to the weights (1: all).
+    `alpha`: how much of the difficulty moves from the inputs to the weights. At 1 all smoothed features are
+    equally large; 0 is not "no smoothing": it makes the weights' columns equally large instead.
     `inputs`: "per_token" scales every token by its own absmax; "static" all of them by the largest
     magnitude seen in calibration, and what exceeds that later is clipped to it.
     """
