@@ -21,6 +21,8 @@ from course_utils.cache import DownloadError
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 results_app = typer.Typer(no_args_is_help=True)
 app.add_typer(results_app, name="results", help="Measured values: list, accept, fill, check.")
+bench_app = typer.Typer(no_args_is_help=True)
+app.add_typer(bench_app, name="bench", help="Benchmarks, never run as tests.")
 
 Names = Annotated[
     list[str] | None,
@@ -269,6 +271,46 @@ def lm_report(
     except (FileNotFoundError, ValueError) as error:
         raise CourseError(str(error)) from error
     typer.echo(f"Wrote {folder / 'README.md'}. Next: `course results accept --profile report`.")
+
+
+@bench_app.callback()
+def bench() -> None:
+    """Benchmarks, never run as tests: their seconds are this machine's, at this moment."""
+
+
+@bench_app.command("quantize")
+def bench_quantize(
+    methods: Annotated[
+        list[str] | None,
+        typer.Argument(help="With settings, as `gptq:n_bits=4,group_size=64`. Default: that."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="As `load_model` knows it.")] = "course-lm",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each, in turns.")] = 3,
+    sequences: Annotated[int, typer.Option(help="Of the calibration.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence, and window.")] = 256,
+    evaluated: Annotated[int, typer.Option(help="Tokens of the perplexity; 0: none.")] = 8192,
+    threads: Annotated[int | None, typer.Option(help="Default: as torch chooses.")] = None,
+) -> None:
+    """Quantize a whole model with methods by name, beside the libraries of `course oracles`.
+
+    Time, memory, bits and perplexity, in one table; `course results accept --profile bench` takes them over.
+    Examples: `course bench quantize`;
+    `course bench quantize affine gptq:group_size=64 --model smollm2-135m-dithered --length 512`.
+    """
+    import torch
+    from rich.console import Console
+
+    from course_utils.build.bench import Protocol, bench
+
+    root = _choose_runs("bench")
+    threads = threads or torch.get_num_threads()
+    protocol = Protocol(sequences, length, evaluated, repeats, threads)
+    console = Console(width=None if sys.stdout.isatty() else 140)  # a file gets no folded cells
+    for line in bench(root, methods or ["gptq:n_bits=4,group_size=64"], model, protocol):
+        if isinstance(line, str):
+            typer.echo(line)
+        else:
+            console.print(line)
 
 
 @results_app.command("list")

@@ -4,7 +4,7 @@ Libraries that cannot be installed beside the course, since they ask for other v
 uses, each get an environment of their own: `tests/oracles/LIBRARY/` holds its `requirements.txt` and
 its scripts. A script `WHAT.py` writes `tests/golden/LIBRARY_WHAT.safetensors`, with the versions used
 in its metadata, from `tests/golden/WHAT_layers.safetensors`, which `tests/oracles/WHAT_layers.py`
-wrote before.
+wrote before. A script `model/METHOD.py` quantizes a whole model: `course bench quantize` runs it.
 """
 
 import os
@@ -44,22 +44,31 @@ def write_vectors(root: Path, names: list[str] | None = None) -> Iterator[str]:
         _run([sys.executable, script, golden])
     for folder in chosen:
         yield f"{folder.name}: installing it takes some minutes the first time"
-        python = make_environment(
-            folder / "requirements.txt", root / "runs" / "oracles" / folder.name
-        )
-        for script in sorted(folder.glob("*.py")):
+        python = make_environment(folder / "requirements.txt", environment(root, folder))
+        for script in sorted(folder.glob("*.py")):  # not those in model/
             yield f"{folder.name}: {script.stem}"
             _run([python, script, golden])
+
+
+def environment(root: Path, library: Path) -> Path:
+    """The folder of the environment of a library, one of `libraries`."""
+    return root / "runs" / "oracles" / library.name
+
+
+def is_made(requirements: Path, folder: Path) -> bool:
+    """Whether the environment in `folder` was made from `requirements` as they are now."""
+    made = folder / "requirements.txt"
+    return made.is_file() and made.read_text("utf-8") == requirements.read_text("utf-8")
 
 
 def make_environment(requirements: Path, folder: Path) -> Path:
     """The Python of an environment in `folder` that holds what `requirements` names, and no more."""
     python = python_of(folder)
-    asked, made = requirements.read_text(encoding="utf-8"), folder / "requirements.txt"
-    if not (made.is_file() and made.read_text(encoding="utf-8") == asked):
+    if not is_made(requirements, folder):
+        asked = requirements.read_text(encoding="utf-8")
         venv.create(folder, clear=True, with_pip=True)
         _run([python, "-m", "pip", "install", "--quiet", "--requirement", requirements])
-        made.write_text(asked, encoding="utf-8")
+        (folder / "requirements.txt").write_text(asked, encoding="utf-8")
     return python
 
 

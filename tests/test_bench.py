@@ -1,0 +1,131 @@
+"""`course bench quantize`: who is run, with what, and what is told of it. No seconds are tested."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from course_utils.build import CourseError, bench
+from course_utils.build.bench import Protocol, parse_method
+from course_utils.quantizers import METHODS
+from course_utils.quantizers.gptq import GPTQ
+from course_utils.results import list_runs
+
+ROOT = Path(__file__).parent.parent
+PROTOCOL = Protocol(sequences=2, length=64, evaluated=128, repeats=1, threads=1)
+# A library that "quantizes" to the float weights, and has no symmetric grids.
+LIBRARY = """
+import json, sys
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+folder, settings, out = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
+tokens = load_file(folder / "calibration.safetensors")["tokens"]
+measured = {"refused": "it has no symmetric grids"}
+if not settings["symmetric"]:
+    assert settings["group_size"] == 64 and tokens.shape == (2, 64)
+    found = load_file(folder / "model.safetensors")
+    layers = {n.removesuffix(".weight"): w for n, w in found.items() if ".c_" in n and w.ndim == 2}
+    save_file({n: w.T.contiguous() for n, w in layers.items()}, out / "weights.safetensors")
+    measured = {"seconds": 1.0, "loaded_bytes": 1000000, "peak_bytes": 4000000,
+                "bits_per_weight": None, "versions": {"library": "1.2"}}
+(out / "measured.json").write_text(json.dumps(measured))
+"""
+
+
+@pytest.fixture
+def course(tmp_path: Path, monkeypatch) -> Path:
+    """A course with a library for GPTQ that runs in this Python; and another, not installed."""
+    for name in ("library", "missing"):
+        scripts = tmp_path / "tests" / "oracles" / name / "model"
+        scripts.mkdir(parents=True)
+        (scripts / "gptq.py").write_text(LIBRARY)
+        (scripts.parent / "requirements.txt").write_text("# nothing\n")
+    made = tmp_path / "runs" / "oracles" / "library"
+    made.mkdir(parents=True)
+    (made / "requirements.txt").write_text("# nothing\n")
+    monkeypatch.setattr(bench, "python_of", lambda folder: sys.executable)
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "runs" / "bench"))
+    return tmp_path
+
+
+def run(root: Path, *specs: str) -> tuple[list[str], list[list[str]]]:
+    """The lines that are told, and the table's cells, row by row."""
+    *lines, table = bench.bench(root, list(specs), "course-lm", PROTOCOL)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table)
+    text = console.export_text()
+    rows = [line.strip("│").split("│") for line in text.splitlines() if line.startswith("│")]
+    return lines, [[cell.strip() for cell in row] for row in rows]
+
+
+def test_methods_and_libraries_stand_in_one_table(course):
+    lines, rows = run(course, "affine:group_size=32", "gptq:group_size=64")
+    told = "\n".join(lines)
+    assert "missing is not installed: `make oracles`" in told
+    assert "1 threads, torch " in told and "load before" in told
+
+    reference, affine, gptq, library = rows
+    assert [row[:2] for row in rows[1:]] == [
+        ["affine:group_size=32", "course"],
+        ["gptq:group_size=64", "course"],
+        ["gptq:group_size=64", "library"],
+    ]
+    assert affine[6] == "4.625" and gptq[6] == "4.312"  # bits: codes, scales, zero points
+    assert library[2:7] == ["1.0 (1.0 to 1.0)", library[3], "4", "3", "-"]
+    assert library[7] == reference[7] != gptq[7]  # its weights are the float ones, in their places
+
+    found = {entry["key"]: entry for entry in list_runs()}
+    entry = found["bench.course-lm.gptq-group-size-64.library.perplexity"]
+    assert entry["value"] == found["bench.course-lm.float.perplexity"]["value"]
+    assert entry["profile"] == "bench" and entry["protocol"]["library"] == "1.2"
+    assert entry["protocol"]["settings"] == repr(GPTQ(group_size=64))
+    assert found["bench.course-lm.gptq-group-size-64.course.seconds"]["tolerance"] is None
+
+
+def test_what_a_library_does_not_have_is_left_out(course):
+    lines, rows = run(course, "gptq:group_size=64,symmetric=True")
+    assert "gptq:group_size=64,symmetric=True, library: it has no symmetric grids" in lines
+    assert [row[1] for row in rows] == ["", "course"]
+
+
+def test_a_run_that_fails_tells_its_reason_and_its_log(course):
+    with pytest.raises(CourseError, match=r"affine:group_size=100, course: .*256.* is in .*\.log"):
+        run(course, "affine:group_size=100")
+
+
+def test_settings_are_read_as_python_writes_them():
+    assert parse_method("gptq:n_bits=3,group_size=row,act_order=True") == GPTQ(
+        n_bits=3, group_size="row", act_order=True
+    )
+    assert parse_method("gptq") == GPTQ()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("gtpq", r"gtpq: unknown method 'gtpq': choose one of .*gptq"),
+        ("gptq:bits=4", r"gptq has no setting bits\. It has n_bits, group_size"),
+        ("gptq:n_bits", r"a setting is KEY=VALUE, got 'n_bits'"),
+        ("gptq:n_bits=9", r"gptq:n_bits=9: n_bits 9: choose 2 to 8"),
+    ],
+)
+def test_a_bad_name_or_setting_is_an_error(spec, message):
+    with pytest.raises(CourseError, match=message):
+        parse_method(spec)
+
+
+@pytest.mark.parametrize(
+    ("model", "length", "message"),
+    [("course-lm", 512, "course-lm has 256 positions"), ("nothing", 64, "unknown model 'nothing'")],
+)
+def test_a_bad_model_or_length_is_an_error(course, model, length, message):
+    protocol = Protocol(sequences=1, length=length, evaluated=0, repeats=1, threads=1)
+    with pytest.raises(CourseError, match=message):
+        list(bench.bench(course, ["affine"], model, protocol))
+
+
+def test_scripts_for_whole_models_are_named_as_methods():
+    scripts = list(ROOT.glob("tests/oracles/*/model/*.py"))
+    assert scripts and {script.stem for script in scripts} <= set(METHODS)
