@@ -158,6 +158,20 @@ def test_a_power_of_two_moves_the_scale_and_no_code(seed, n_bits, symmetric, exp
     )
 
 
+@settings(deadline=None, max_examples=40)
+@given(SEEDS, BITS, st.sampled_from(["row", "tensor"]), st.booleans())
+def test_permuting_what_shares_a_scale_permutes_the_codes_alone(
+    seed, n_bits, group_size, symmetric
+):
+    W = normal(3, 17, seed=seed)
+    order = torch.randperm(17, generator=torch.Generator().manual_seed(seed))
+    method = Affine(n_bits, group_size, symmetric)
+    before, after = method.quantize(W), method.quantize(W[:, order])
+    assert torch.equal(after.integer_codes(), before.integer_codes()[:, order])
+    assert torch.equal(after.scale, before.scale)
+    assert torch.equal(after.zero_points(), before.zero_points())
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.lists(FLOATS, min_size=1, max_size=30), BITS, st.booleans())
 def test_what_is_on_the_grid_stays_where_it_is(values, n_bits, symmetric):

@@ -178,6 +178,39 @@ def test_only_layers_of_one_method_share_statistics():
     assert all(torch.equal(a, b) for a, b in zip(query, key, strict=True))
 
 
+class TwiceModel(nn.Module):
+    """One block, whose layer `twice` reads what `once` reads, and then what `once` wrote."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.once, self.twice = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            y = self.once(hidden)
+            return self.twice(hidden) + self.twice(y)
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.blocks = nn.Embedding(99, 16), nn.ModuleList([self.Block()])
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        return self.blocks[0](self.embedding(input_ids))
+
+
+def test_a_layer_that_runs_twice_shares_no_statistics_with_one_that_runs_once():
+    tokens, method = some_tokens(4, 20), GPTQ(group_size=16)
+    both = TwiceModel().eval()
+    quantize_model(both, method, calibration=tokens)
+    for name in ("once", "twice"):
+        alone = TwiceModel().eval()
+        quantize_model(alone, {f"blocks.0.{name}": method}, calibration=tokens)
+        expected = alone.get_submodule(f"blocks.0.{name}").quantized_weight
+        found = both.get_submodule(f"blocks.0.{name}").quantized_weight
+        assert torch.equal(found.codes, expected.codes)
+
+
 def test_methods_that_look_at_no_inputs_are_measured_on_the_float_model():
     tokens, record = some_tokens(), Record()
     by_probe = quantize_model(tiny_gpt2(), FloatProbe(record), calibration=tokens)

@@ -517,6 +517,18 @@ def test_course_lm_errs_less_than_with_round_to_nearest():
     assert errors["gptq"] < 0.9 * errors["affine"]
 
 
+def test_groups_that_act_order_takes_apart_need_no_grid():
+    """Their scales would not fit into float16, but no group is made of these columns in the end."""
+    weight, hessian = a_layer()
+    small = torch.arange(64) // 4 % 4 == 0  # each fourth group of 4
+    weight[:, small] *= 1e-7
+    with pytest.raises(ValueError, match="do not fit into float16"):
+        gptq_codes(weight, hessian, group_size=4, act_order=True, static_groups=True)
+    order = hessian.diagonal().argsort(descending=True)
+    assert not small[order].view(-1, 4).all(1).any(), "choose another Hessian for this test"
+    gptq_codes(weight, hessian, group_size=4, act_order=True)
+
+
 # What is refused.
 
 
@@ -597,6 +609,7 @@ def test_bad_weights_are_refused():
     ("given", "message"),
     [
         ({"n_bits": 1}, "n_bits 1: choose 2 to 8"),
+        ({"n_bits": 4.0}, r"n_bits 4\.0: choose 2 to 8"),
         ({"group_size": 0}, "group_size 0: choose a positive number or 'row'"),
         ({"group_size": "tensor"}, "group_size 'tensor'"),
         ({"block_size": 0}, "block_size 0: choose a positive number$"),

@@ -18,6 +18,7 @@ from course_utils.plotting import (
     loss_against_alpha,
     predicted_against_measured,
     relative_bars,
+    rounding_distances,
     sensitivity_bars,
     staircase,
     step_gradient,
@@ -40,6 +41,7 @@ FIGURES = {
     "staircase": lambda: staircase(0.5, 2, 0, 7),
     "grid": lambda: values_on_grid({"four": (ROW, torch.arange(4.0)), "two": (ROW, ROW[:2])}),
     "bits": lambda: error_against_bits({"a": {"x": ([2, 3], [5.0, 1.0])}}, "error", log=True),
+    "distances": lambda: rounding_distances({"nearest": ROW / 6, "GPTQ": ROW / 3}),
     "training": lambda: training_curves({"a": ([0, 1], [2.0, 1.0])}, "loss", levels={"b": 1.5}),
     "clip": lambda: error_against_clip({"a": (ROW.abs() + 0.1, ROW.abs() + 1, ROW.abs() + 2)}),
     "clips": lambda: clips_on_histogram({"a layer": (ROW, {"min-max": 3.0, "entropy": 2.0})}),
@@ -92,6 +94,13 @@ def test_theory_is_dashed_in_the_colour_of_its_measurement():
     assert lines(axis)[2] == ([2, 4], [6.9, 18.9], "--")
     assert axis.lines[2].get_color() == axis.lines[1].get_color() != axis.lines[0].get_color()
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["row", "group", "theory"]
+
+
+def test_clips_that_coincide_are_all_seen():
+    """A later line once covered an earlier one, which then stood in the legend alone."""
+    figure = clips_on_histogram({"a": (ROW, {"minmax": 3.0, "mse": 3.0, "entropy": 2.0})})
+    tops = [top for _, (_, top), _ in lines(figure.axes[0])]
+    assert tops[0] == 1 and tops[0] > tops[1] > tops[2] > 0.3
 
 
 def test_the_readmes_picture_is_the_one_that_the_code_draws():

@@ -78,6 +78,14 @@ def test_loss_falls_and_the_curve_says_so():
     assert set(curve[0]) == {"step", "loss", "lr", "held_out", "seconds"}
 
 
+def test_a_bar_shows_the_steps_and_the_losses_unless_it_is_switched_off(capsys):
+    train(tiny_model(), tiny_batches(), CONFIG, evaluate=held_out)
+    shown = capsys.readouterr().err
+    assert "30/30" in shown and "loss=" in shown and "held_out=" in shown
+    run(evaluate=held_out)
+    assert not capsys.readouterr().err
+
+
 def test_a_run_repeats_bit_for_bit():
     (a, curve_a), (b, curve_b) = run(evaluate=held_out), run(evaluate=held_out)
     assert_same_weights(a, b)

@@ -81,11 +81,12 @@ class BlockInputs:
 
     `hidden` `[sequences, length, width]` are the hidden states. All sequences are of one length, and
     none is padded, so what else a block gets (masks, positions, rotary embeddings) is the same for all
-    of them, and for all blocks.
+    of them, and for all blocks. `sequence` counts those that a block is running on, from 1.
     """
 
     def __init__(self, hidden: Tensor, args: tuple, kwargs: dict):
         self.hidden, self.args, self.kwargs = hidden, args, kwargs
+        self.sequence = 0
 
     @classmethod
     @torch.no_grad()
@@ -120,7 +121,8 @@ class BlockInputs:
 
     def outputs(self, block: nn.Module) -> Iterator[Tensor]:
         """Hidden states `[1, length, width]` that leave `block`, one sequence after the other."""
-        for hidden in self.hidden.split(1):
+        for number, hidden in enumerate(self.hidden.split(1), 1):
+            self.sequence = number
             output = block(hidden, *self.args, **self.kwargs)
             yield output[0] if isinstance(output, tuple) else output
 

@@ -1,6 +1,11 @@
 """The course's figures, in one style."""
 
-from course_utils.plotting.grids import error_against_bits, staircase, values_on_grid
+from course_utils.plotting.grids import (
+    error_against_bits,
+    rounding_distances,
+    staircase,
+    values_on_grid,
+)
 from course_utils.plotting.outliers import (
     codes_against_outlier,
     error_against_threshold,
@@ -29,6 +34,7 @@ __all__ = [
     "new_figure",
     "predicted_against_measured",
     "relative_bars",
+    "rounding_distances",
     "sensitivity_bars",
     "staircase",
     "step_gradient",

@@ -81,3 +81,20 @@ def error_against_bits(
             axis.yaxis.set_minor_formatter(NullFormatter())
     axes[0][0].set_ylabel(ylabel)
     return figure
+
+
+@styled
+def rounding_distances(errors: dict[str, Tensor]) -> Figure:
+    """Histograms of (w - value) / S in steps, one for each way of rounding, over each other."""
+    figure, axis = new_figure(height=3.0)
+    reach = max(float(e.abs().max()) for e in errors.values())
+    bins = torch.linspace(-reach, reach, 101).tolist()
+    for (name, steps), colour in zip(errors.items(), COLOURS.values(), strict=False):
+        weights = torch.full_like(steps, 100 / len(steps)).numpy()
+        axis.hist(steps.numpy(), bins=bins, weights=weights, alpha=0.6, color=colour, label=name)
+    for sign in (-1, 1):
+        axis.axvline(sign / 2, color=COLOURS["grey"], linestyle=":")
+    axis.set_xlabel("weight minus its code's value, in steps (dotted: half a step)")
+    axis.set_ylabel("% of the weights")
+    axis.legend(fontsize=8)
+    return figure

@@ -34,7 +34,10 @@ def error_against_clip(panels: dict[str, tuple[Tensor, Tensor, Tensor]]) -> Figu
 
 @styled
 def clips_on_histogram(panels: dict[str, tuple[Tensor, dict[str, float]]]) -> Figure:
-    """Histogram of |x| with a line at each clip, `panels[title] = (values, clips by name)`."""
+    """Histogram of |x| with a line at each clip, `panels[title] = (values, clips by name)`.
+
+    Each line is shorter than those drawn before it, so that clips that coincide are all seen.
+    """
     figure, axes = new_figure(len(panels), 1, height=2.7 * len(panels), squeeze=False)
     names = dict.fromkeys(name for _, clips in panels.values() for name in clips)
     colours = (COLOURS[c] for c in ("blue", "green", "red", "orange", "purple", "grey"))
@@ -43,8 +46,10 @@ def clips_on_histogram(panels: dict[str, tuple[Tensor, dict[str, float]]]) -> Fi
         sizes = values.flatten().abs()
         low, high = float(sizes.median()) / 100, 1.2 * float(sizes.max())
         axis.hist(sizes.numpy(), bins=np.geomspace(low, high, 80), color=COLOURS["sky"])
-        for name, clip in clips.items():
-            axis.axvline(clip, color=colour_of[name], linewidth=2, label=f"{name}: {clip:,.2f}")
+        for i, (name, clip) in enumerate(clips.items()):
+            top = 1 - i / (len(clips) + 2)  # of the axis' height
+            label = f"{name}: {clip:,.2f}"
+            axis.axvline(clip, 0, top, color=colour_of[name], linewidth=2, label=label)
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_title(title, fontsize=10)

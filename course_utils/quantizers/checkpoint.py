@@ -50,7 +50,7 @@ class Checkpoint:
         if not file.is_file():
             return 0
         tensors, made = _read(file, inputs.hidden.device)
-        if made["run"] != self.run:
+        if made.get("run") != self.run:
             raise ValueError(
                 f"{self.folder} holds blocks of another run: of another model, other methods or settings, "
                 "or another calibration. Give checkpoint= an empty folder"

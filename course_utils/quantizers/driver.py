@@ -7,7 +7,6 @@ they pass, the float one or the quantized one, is the method's `prefix`. So memo
 of a single block its activations, its statistics, and its weights in both forms.
 """
 
-import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -61,7 +60,7 @@ def quantize_layer(
         weight.bits_per_weight,
         weight.nbytes,
         error.relative,
-        method.output_error(layer.weight, weight, statistics) if statistics else None,
+        None if statistics is None else method.output_error(layer.weight, weight, statistics),
         seconds,
     )
     return QuantizedLinear(method, weight, layer.bias), report
@@ -75,7 +74,8 @@ def gather(
 
     Raises `ValueError` with the layer's name where they are NaN or infinite.
     """
-    with _watched({layer: lambda x, _, s=s: s.update(x) for layer, s in statistics.items()}):
+    updates = {layer: lambda x, _, s=s: s.update(x) for layer, s in statistics.items()}
+    with _watched(inputs, updates):
         for _ in inputs.outputs(block):
             pass
 
@@ -169,27 +169,21 @@ def _reading_the_same(
     block: nn.Module, inputs: BlockInputs, layers: list[LinearLayer]
 ) -> list[list[LinearLayer]]:
     """The layers in groups whose input is one tensor, as running the first sequence shows."""
-    readers: list[tuple[Tensor, list[LinearLayer]]] = []  # keeps the tensors, and so apart
-
-    def hook_for(layer: LinearLayer) -> Callable:
-        def hook(_, args: tuple):
-            for tensor, group in readers:
-                if tensor is args[0]:
-                    group.append(layer)
-                    return
-            readers.append((args[0], [layer]))
-
-        return hook
-
-    handles = [layer.module.register_forward_pre_hook(hook_for(layer)) for layer in layers]
+    read: dict[LinearLayer, list[Tensor]] = {layer: [] for layer in layers}
+    handles = [
+        layer.module.register_forward_pre_hook(lambda _, args, of=tensors: of.append(args[0]))
+        for layer, tensors in read.items()
+    ]
     try:
         next(inputs.outputs(block))
     finally:
         for handle in handles:
             handle.remove()
-    groups = [group for _, group in readers]
-    ran = {layer for group in groups for layer in group}
-    return groups + [[layer] for layer in layers if layer not in ran]
+    groups: dict[tuple, list[LinearLayer]] = {}
+    for layer, tensors in read.items():
+        same = tuple(map(id, tensors)) or (layer,)  # what did not run now shares with none
+        groups.setdefault(same, []).append(layer)
+    return list(groups.values())
 
 
 def _own(name: str, block: nn.Module, methods: Mapping[str, Method]) -> dict[LinearLayer, Method]:
@@ -252,7 +246,7 @@ def _output_errors(
         bias = 0 if layer.bias is None else layer.bias
         return lambda x, y: errors[layer].add(y - bias, module(x) - bias)
 
-    with _watched({layer: compare(layer) for layer in errors}):
+    with _watched(inputs, {layer: compare(layer) for layer in errors}):
         if advance:
             inputs.advance(block)
         elif errors:
@@ -265,19 +259,19 @@ def _output_errors(
 
 
 @contextmanager
-def _watched(watchers: Mapping[LinearLayer, Callable[[Tensor, Tensor], None]]) -> Iterator[None]:
+def _watched(
+    inputs: BlockInputs, watchers: Mapping[LinearLayer, Callable[[Tensor, Tensor], None]]
+) -> Iterator[None]:
     """While this is open, a layer's watcher gets its inputs `[tokens, in]` and outputs, each time it runs."""
 
     def hook_for(layer: LinearLayer, watch: Callable[[Tensor, Tensor], None]) -> Callable:
-        sequences = itertools.count(1)
-
         def hook(_, args: tuple, output: Tensor):
-            x, sequence = args[0], next(sequences)
+            x = args[0]
             if not all_finite(x):
                 raise ValueError(
                     f"layer {layer.name}: {int((~x.isfinite()).sum())} of its {x.numel()} inputs are NaN or "
-                    f"infinite in {x.dtype} on calibration sequence {sequence}. Repair the checkpoint, or "
-                    "load the model in a wider dtype."
+                    f"infinite in {x.dtype} on calibration sequence {inputs.sequence}. Repair the "
+                    "checkpoint, or load the model in a wider dtype."
                 )
             watch(x.flatten(0, -2), output.flatten(0, -2))
 

@@ -37,7 +37,8 @@ class Hessian:
     """H = 2/n sum x x^T over all n tokens x of a layer's inputs: of |W x - Q x|^2, in any row of W.
 
     Summed up in float64, the half below the diagonal only, since H is symmetric. The factor 2/n
-    changes no code: H and c H give the same.
+    changes no code (unless some features are dead: the diagonal of those becomes 1, whatever the
+    others are, as in the authors' code).
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu"):
@@ -68,7 +69,8 @@ class Hessian:
         features = len(self._sum)
         if not self.tokens:
             raise ValueError(
-                "the Hessian has seen no inputs: the calibration is empty, or the layer never ran"
+                "the Hessian has seen no inputs: the calibration is empty, or the layer never ran. Give more "
+                "calibration, or leave the layer out"
             )
         if not self._sum.diagonal().any():
             raise ValueError(
@@ -119,7 +121,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     of the inverse of H[k:, k:], the Hessian of the columns that are still float.
 
     The authors invert H, and factorize the inverse. The same U is the inverse of the upper R with
-    H = R R^T, which is a Cholesky factorization from the last column to the first: half the work.
+    H = R R^T: one Cholesky factorization, from the last column to the first, instead of two.
 
     Raises ValueError if the damped Hessian is not positive definite in its dtype.
     """
@@ -128,7 +130,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
     if not failed:
         R = lower.flip(0, 1)
-        U = torch.linalg.solve_triangular(R, torch.eye(len(R)).to(R), upper=True)
+        eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
+        U = torch.linalg.solve_triangular(R, eye, upper=True)
     if failed or not U.isfinite().all():
         raise ValueError(
             f"the Hessian {tuple(hessian.shape)} with damping {damping} is not positive definite in "
@@ -159,7 +162,7 @@ def gptq_codes(
 
     An input feature that was always zero (0 on the Hessian's diagonal) gets a weight of 0, as in the
     authors' code, and 1 on the diagonal. The losses, ((w - q) / U_kk)^2 / 2 each, sum up to half the
-    trace of dW H dW^T, the objective, with H damped and dW = W - Q.
+    trace of dW H dW^T, the objective, with H damped and dW = W - Q, where W is 0 for dead features.
 
     Raises ValueError for a Hessian of another shape, with NaN or infinity, or not positive definite
     when damped; for groups that do not divide the columns; for scales that do not fit into float16.
@@ -174,19 +177,23 @@ def gptq_codes(
         return _grids(groups, low, high, symmetric, scale_dtype)
 
     # Columns of the weight are rows of W here, so that each lies in one piece of memory.
-    W, H = weight.T.to(hessian.dtype).clone(memory_format=torch.contiguous_format), hessian.clone()
+    W = weight.T.to(hessian.dtype, copy=True, memory_format=torch.contiguous_format)
+    H = hessian.clone()
     groups = W.unflatten(0, (-1, size))  # a view [groups, size, out]
     dead = H.diagonal() == 0
     H.diagonal()[dead] = 1
+    dynamic = not (static_groups or group_size == "row")
     if group_size == "row":
         scale, zero_point = grids(groups)  # with the weights of dead features, as the authors do
     W[dead] = 0
-    if group_size != "row":
-        scale, zero_point = grids(groups)  # unless they are static, the loop replaces them
+    if static_groups and group_size != "row":
+        scale, zero_point = grids(groups)
+    if dynamic:  # the loop finds them
+        scale = W.new_empty(len(groups), W.shape[1], dtype=getattr(torch, scale_dtype))
+        zero_point = torch.empty_like(scale, dtype=torch.int32)
 
     order = torch.arange(columns, device=W.device)
     group_at = order // size
-    dynamic = not (static_groups or group_size == "row")
     if act_order:
         order = H.diagonal().argsort(descending=True, stable=True)
         W, H = W[order], H[order][:, order]
@@ -274,7 +281,7 @@ class GPTQ(Method):
     weight_type: ClassVar[type] = GPTQWeight
 
     def __post_init__(self):
-        if self.n_bits not in range(2, 9):
+        if type(self.n_bits) is not int or self.n_bits not in range(2, 9):
             raise ValueError(f"n_bits {self.n_bits!r}: choose 2 to 8")
         if self.group_size != "row" and not _is_positive(self.group_size):
             raise ValueError(f"group_size {self.group_size!r}: choose a positive number or 'row'")

@@ -28,8 +28,8 @@ def refusal(settings: dict) -> str | None:
         return "it has no current_groups"
     if settings["block_size"] != 128:
         return "its blocks are of 128 columns"
-    if settings["scale_dtype"] != "float16":
-        return "it packs float16 scales"
+    if settings["scale_dtype"] != "float32":
+        return "it finds its codes with float32 scales: compare it with scale_dtype=float32"
 
 
 def config(settings: dict) -> QuantizeConfig:

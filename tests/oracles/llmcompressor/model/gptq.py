@@ -25,6 +25,8 @@ def refusal(settings: dict, model: torch.nn.Module) -> str | None:
     """What of the settings, or of the model, it does not have."""
     if settings["group_size"] != "row" and not settings["static_groups"]:
         return "all its groups are static: compare it with static_groups=True"
+    if settings["scale_dtype"] != "float32":
+        return "its scales are float32: compare it with scale_dtype=float32"
     if not any(isinstance(m, torch.nn.Linear) for _, m in model.base_model.named_modules()):
         return f"it finds no linear layers in {type(model).__name__}"
 
