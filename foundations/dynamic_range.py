@@ -63,8 +63,9 @@ if importlib.util.find_spec("course_utils") is None:
 import course_utils
 
 if course_utils.__version__ != VERSION:
-    found = f"course_utils is {course_utils.__version__}, not {VERSION}"
-    raise RuntimeError(f"{found}: take the notebook and the package of one commit.")
+    found = f"The notebook needs course_utils {VERSION}, not {course_utils.__version__}"
+    remedy = "On Colab open it by its badge; elsewhere install its commit, and restart"
+    raise RuntimeError(f"{found}. {remedy}.")
 
 # %%
 import copy
@@ -391,9 +392,10 @@ plt.show()
 
 # %% [markdown]
 # *Figure: for each model the histogram of |x| at the input of the layer with the heaviest tail, both axes logarithmic, with a
-# vertical line at each observer's clip. Of a first model that is not the last, only three clips are drawn.*
+# vertical line at each observer's clip, each a little shorter than the one before in the legend, so that clips that coincide show. Of a first
+# model that is not the last, only three clips are drawn.*
 #
-# Five answers to one question, for the same data. Which of them is right depends on the loss that one has in mind: squares weigh
+# Five rules, the same data, and clips that may lie far apart. Which of them is right depends on the loss that one has in mind: squares weigh
 # a single far value heavily, percentile and entropy hardly see it.
 #
 # ## Is it right? The package, and PyTorch

@@ -61,8 +61,9 @@ if importlib.util.find_spec("course_utils") is None:
 import course_utils
 
 if course_utils.__version__ != VERSION:
-    found = f"course_utils is {course_utils.__version__}, not {VERSION}"
-    raise RuntimeError(f"{found}: take the notebook and the package of one commit.")
+    found = f"The notebook needs course_utils {VERSION}, not {course_utils.__version__}"
+    remedy = "On Colab open it by its badge; elsewhere install its commit, and restart"
+    raise RuntimeError(f"{found}. {remedy}.")
 
 # %%
 import copy
