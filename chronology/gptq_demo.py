@@ -68,6 +68,7 @@ if course_utils.__version__ != VERSION:
 import argparse
 import inspect
 import itertools
+import math
 import tempfile
 import time
 import warnings
@@ -478,9 +479,10 @@ assert (column == 0).all() and W[:, 5].abs().max() > 0
 
 # %%
 names = [name.replace("q4_1", "dithered") for name in profile.models]
-group_of = {}
+group_of, vocabulary = {}, {}
 for name in names:
     config = load_model(name).model.config
+    vocabulary[name] = config.vocab_size
     group_of[name] = 128 if config.hidden_size % 128 == 0 else 64
     print(f"{name}: width {config.hidden_size}, groups of {group_of[name]}")
 rows, n_texts = {}, profile.pick(quick=4, cpu=16)
@@ -546,14 +548,10 @@ for name in names:
     whole = rows[name, 32, "float"][0]
     for bits in (4, 3, 2):
         near, ours = (rows[name, bits, k][0] for k in ("nearest", "gptq"))
-        back = (near - ours) / (near - whole)
-        print(f"{name}, {bits} bits: perplexity {near:.2f} -> {ours:.2f};", end=" ")
-        verdict = (
-            f"GPTQ takes back {back:.0%} of the loss"
-            if ours < near
-            else "GPTQ is worse"
-        )
-        print(f"float {whole:.2f}. {verdict}.")
+        lost, left = (math.log(v / whole) for v in (near, ours))  # nats a token
+        print(f"{name}, {bits} bits: nearest loses {lost:.3f} nats, GPTQ {left:.3f}:")
+        print(f"  {1 - left / lost:.0%} won back", end="")
+        print(", and worse than guessing evenly." if ours > vocabulary[name] else ".")
     ordered = rows[name, 3, "act_order_static"][0]
     print(f"  With act-order and static grids, 3 bits: {ordered:.2f}.")
 
@@ -827,7 +825,8 @@ for size in (5, 8, 24):
     assert torch.equal(lazy_gptq(weights, factor, size), by_column), (
         f"blocks of {size}: are the columns behind updated once, with all errors?"
     )
-lost = [objective(weights, q, hessian) for q in (weights.round(), by_column)]
+gaps = weights - weights.round(), weights - by_column
+lost = [((gap @ hessian) * gap).sum().item() / 2 for gap in gaps]
 print(f"error of the nearest codes {lost[0]:.2f}, of GPTQ {lost[1]:.2f}")
 assert lost[1] < 0.5 * lost[0], (
     "the error must fall: is it divided by U_kk, not its square?"
