@@ -1,6 +1,7 @@
 """`course bench quantize`: who is run, with what, and what is told of it. No seconds are tested."""
 
 import io
+import subprocess
 import sys
 from pathlib import Path
 
@@ -93,6 +94,14 @@ def test_what_a_library_does_not_have_is_left_out(course):
 def test_a_run_that_fails_tells_its_reason_and_its_log(course):
     with pytest.raises(CourseError, match=r"affine:group_size=100, course: .*256.* is in .*\.log"):
         run(course, "affine:group_size=100")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system's own count is taken")
+def test_peak_memory_is_not_that_of_the_process_that_started_it():
+    held = bytearray(10**9)  # getrusage counts this for the child, too
+    ask = "from course_utils.build.quantize_once import peak_bytes; print(peak_bytes())"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    assert 10**8 < int(done.stdout) < len(held)
 
 
 def test_settings_are_read_as_python_writes_them():

@@ -7,7 +7,6 @@ what is asked.
 
 import json
 import os
-import resource
 import sys
 import time
 from importlib.metadata import version
@@ -50,6 +49,11 @@ def config(settings: dict) -> QuantizeConfig:
     )
 
 
+def peak_bytes() -> int:
+    """As in `quantize_once.py`, on Linux."""
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
 def main(folder: Path, settings: dict, out: Path) -> None:
     if reason := refusal(settings):
         (out / "measured.json").write_text(json.dumps({"refused": reason}), "utf-8")
@@ -65,7 +69,7 @@ def main(folder: Path, settings: dict, out: Path) -> None:
     start = time.perf_counter()
     model.quantize(calibration, batch_size=1)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
 
     layers = {n: m for n, m in model.model.named_modules() if isinstance(m, BaseQuantLinear)}
     weights = {n: layer.dequantize_weight().T.float().contiguous() for n, layer in layers.items()}

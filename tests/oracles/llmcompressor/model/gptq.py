@@ -6,7 +6,6 @@ in `measured.json` what was measured, or why it cannot do what is asked.
 """
 
 import json
-import resource
 import sys
 import time
 from importlib.metadata import version
@@ -51,6 +50,11 @@ def recipe(settings: dict) -> GPTQModifier:
     )
 
 
+def peak_bytes() -> int:
+    """As in `quantize_once.py`, on Linux."""
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
 def main(folder: Path, settings: dict, out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if reason := refusal(settings, model):
@@ -77,7 +81,7 @@ def main(folder: Path, settings: dict, out: Path) -> None:
     measured = {
         "seconds": seconds,
         "loaded_bytes": loaded,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak_bytes(),
         "bits_per_weight": None,  # nothing is packed yet
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in names},
