@@ -23,7 +23,8 @@ def course(tmp_path: Path) -> Path:
     )
     (oracle / "sums.py").write_text(
         f"{WRITE}layers = Path(sys.argv[1], 'sums_layers').read_text()\n"
-        "Path(sys.argv[1], 'library_sums').write_text(layers + sys.prefix)"
+        "Path(sys.argv[1], 'library_sums').write_text(layers + sys.prefix)\n"
+        "Path('a log').touch()"
     )
     return root
 
@@ -34,6 +35,7 @@ def test_layers_come_first_and_scripts_run_in_an_environment_of_their_own(course
     environment = course / "runs" / "oracles" / "library"
     written = (course / "tests" / "golden" / "library_sums").read_text()
     assert written == f"layers{environment}"
+    assert (environment / "a log").exists() and not Path("a log").exists()
 
     kept = environment / "kept"
     kept.touch()

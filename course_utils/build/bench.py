@@ -153,6 +153,7 @@ def run_once(one: Contender, model: Path, out: Path, threads: int) -> dict:
         done = subprocess.run(
             [*one.command, model, settings, out],
             env=os.environ | variables,
+            cwd=out.parent,  # where libraries may leave their logs
             stdout=file,
             stderr=file,
         )

@@ -8,6 +8,7 @@ wrote before. A script `model/METHOD.py` quantizes a whole model: `course bench 
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -44,10 +45,11 @@ def write_vectors(root: Path, names: list[str] | None = None) -> Iterator[str]:
         _run([sys.executable, script, golden])
     for folder in chosen:
         yield f"{folder.name}: installing it takes some minutes the first time"
-        python = make_environment(folder / "requirements.txt", environment(root, folder))
+        made = environment(root, folder)
+        python = make_environment(folder / "requirements.txt", made)
         for script in sorted(folder.glob("*.py")):  # not those in model/
             yield f"{folder.name}: {script.stem}"
-            _run([python, script, golden])
+            _run([python, script, golden], cwd=made)  # where libraries may leave their logs
 
 
 def environment(root: Path, library: Path) -> Path:
@@ -65,16 +67,15 @@ def make_environment(requirements: Path, folder: Path) -> Path:
     """The Python of an environment in `folder` that holds what `requirements` names, and no more."""
     python = python_of(folder)
     if not is_made(requirements, folder):
-        asked = requirements.read_text(encoding="utf-8")
         venv.create(folder, clear=True, with_pip=True)
         _run([python, "-m", "pip", "install", "--quiet", "--requirement", requirements])
-        (folder / "requirements.txt").write_text(asked, encoding="utf-8")
+        shutil.copy(requirements, folder / "requirements.txt")
     return python
 
 
-def _run(command: list) -> None:
+def _run(command: list, cwd: Path | None = None) -> None:
     """Run a command, whose output stays in sight."""
     # One thread, so that sums of floats are taken in one order.
     environment = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
-    if subprocess.run(command, env=environment).returncode:
+    if subprocess.run(command, env=environment, cwd=cwd).returncode:
         raise CourseError(f"{' '.join(map(str, command))} failed: see above.")
