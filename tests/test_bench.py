@@ -1,8 +1,13 @@
 """`course bench quantize`: who is run, with what, and what is told of it. No seconds are tested."""
 
+import hashlib
 import io
+import math
+import re
+import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,9 +56,9 @@ def course(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path
 
 
-def run(root: Path, *specs: str) -> tuple[list[str], list[list[str]]]:
+def run(root: Path, *specs: str, protocol=PROTOCOL) -> tuple[list[str], list[list[str]]]:
     """The lines that are told, and the table's cells, row by row."""
-    *lines, table = bench.bench(root, list(specs), "course-lm", PROTOCOL)
+    *lines, table = bench.bench(root, list(specs), "course-lm", protocol)
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(table)
     text = console.export_text()
@@ -76,13 +81,58 @@ def test_methods_and_libraries_stand_in_one_table(course):
     assert affine[6] == "4.625" and gptq[6] == "4.312"  # bits: codes, scales, zero points
     assert library[2:7] == ["1.0 (1.0 to 1.0)", library[3], "4", "3", "-"]
     assert library[7] == reference[7] != gptq[7]  # its weights are the float ones, in their places
+    assert gptq[8] == "1.0000" and library[8] == f"{float(library[7]) / float(gptq[7]):.4f}"
 
     found = {entry["key"]: entry for entry in list_runs()}
+    assert not any(key.endswith("perplexity_ratio_error") for key in found)  # it takes two runs
     entry = found["bench.course-lm.gptq-group-size-64.library.perplexity"]
     assert entry["value"] == found["bench.course-lm.float.perplexity"]["value"]
     assert entry["profile"] == "bench" and entry["protocol"]["library"] == "1.2"
     assert entry["protocol"]["settings"] == repr(GPTQ(group_size=64))
     assert found["bench.course-lm.gptq-group-size-64.course.seconds"]["tolerance"] is None
+
+
+def test_each_run_has_a_calibration_of_its_own_and_the_ratio_an_error(course, monkeypatch):
+    monkeypatch.setattr(bench, "run_once", run_and_keep := RunAndKeep(bench.run_once))
+    lines, rows = run(course, "gptq:group_size=64", protocol=replace(PROTOCOL, repeats=3))
+    of_course, of_library = (
+        run_and_keep.calibrations["course"],
+        run_and_keep.calibrations["library"],
+    )
+    assert of_course == of_library and len(set(of_course)) == 3
+
+    values = {"course": [], "library": []}
+    for line in lines:
+        if found := re.search(r"(course|library): .* perplexity ([\d.]+) \(\d/3\)", line):
+            values[found[1]].append(float(found[2]))
+    assert len(set(values["course"])) == 3 and len(set(values["library"])) == 1
+    logs = [math.log(b / a) for a, b in zip(values["course"], values["library"], strict=True)]
+    ratio = math.exp(statistics.fmean(logs))
+    error = ratio * statistics.stdev(logs) / math.sqrt(3)
+    found = {
+        entry["key"].rpartition(".")[2]: entry["value"]
+        for entry in list_runs()
+        if "library" in entry["key"]
+    }
+    assert found["perplexity_ratio"] == pytest.approx(ratio, abs=1e-4)
+    assert found["perplexity_ratio_error"] == pytest.approx(error, abs=1e-4)
+    assert found["perplexity"] == pytest.approx(values["library"][0], abs=1e-3)
+    assert found["least_seconds"] == found["seconds"] == found["most_seconds"] == 1.0
+    assert (
+        rows[-1][8] == f"{found['perplexity_ratio']:.4f} +- {found['perplexity_ratio_error']:.4f}"
+    )
+
+
+class RunAndKeep:
+    """Runs, and keeps a hash of the calibration that each run found."""
+
+    def __init__(self, run_once):
+        self.run_once, self.calibrations = run_once, {"course": [], "library": []}
+
+    def __call__(self, one, model, out, threads):
+        kept = (model / "calibration.safetensors").read_bytes()
+        self.calibrations[one.who].append(hashlib.sha256(kept).hexdigest())
+        return self.run_once(one, model, out, threads)
 
 
 def test_what_a_library_does_not_have_is_left_out(course):

@@ -1,13 +1,15 @@
 """`course bench quantize`: what quantizing a whole model takes, and how good it is, beside a library.
 
 Every run is a process of its own, so that its peak memory is its own, and the contenders take turns,
-so that a machine that gets slower slows down all of them. All get the same float model and the same
-calibration, from a folder. What is timed goes from the float model in memory to the quantized one:
-calibration and packing are in it, loading and saving are not.
+so that a machine that gets slower slows down all of them. All get the same float model, and in each
+round the same calibration, from a folder. Every round cuts another calibration from the text: one cut
+alone can favour anybody by some percent of perplexity. What is timed goes from the float model in
+memory to the quantized one: calibration and packing are in it, loading and saving are not.
 """
 
 import ast
 import json
+import math
 import os
 import platform
 import re
@@ -44,17 +46,22 @@ class Protocol:
     sequences: int  # of the calibration
     length: int  # of a sequence, and the window of the perplexity
     evaluated: int  # tokens of the perplexity; 0 if none is asked for
-    repeats: int
+    repeats: int  # rounds, each with a calibration of its own
     threads: int
 
 
-# What a run measures: unit, and how far another may lie from it (a share), if they are compared.
-MEASURED = {
-    "seconds": ("s", None),
-    "peak_bytes": ("bytes", None),
-    "added_bytes": ("bytes", None),
-    "bits_per_weight": ("bits", 0),
-    "perplexity": ("", 0.01),
+# What is recorded of a contender, and its unit.
+UNITS = {
+    "seconds": "s",
+    "least_seconds": "s",
+    "most_seconds": "s",
+    "seconds_ratio": "",
+    "peak_bytes": "bytes",
+    "added_bytes": "bytes",
+    "bits_per_weight": "bits",
+    "perplexity": "",
+    "perplexity_ratio": "",
+    "perplexity_ratio_error": "",
 }
 
 
@@ -72,8 +79,29 @@ class Contender:
         """A measured value of every run that has it."""
         return [run[name] for run in self.runs if run.get(name) is not None]
 
-    def median(self, name: str) -> float:
-        return statistics.median(self.values(name))
+    def summary(self, course: "Contender") -> dict[str, float]:
+        """By the names of `UNITS`, those that were measured; ratios are to `course`.
+
+        Medians over the runs, but for perplexity, whose mean is geometric, as that of a mean loss is.
+        Its ratio to the course's goes from run to run, and so does the ratio's standard error, which
+        takes two runs.
+        """
+        names = ("seconds", "peak_bytes", "added_bytes", "bits_per_weight")
+        found = {name: statistics.median(self.values(name)) for name in names if self.values(name)}
+        found["least_seconds"], found["most_seconds"] = (
+            min(self.values("seconds")),
+            max(self.values("seconds")),
+        )
+        found["seconds_ratio"] = found["seconds"] / statistics.median(course.values("seconds"))
+        if perplexities := self.values("perplexity"):
+            found["perplexity"] = statistics.geometric_mean(perplexities)
+            pairs = zip(perplexities, course.values("perplexity"), strict=True)
+            logs = [math.log(own / other) for own, other in pairs]
+            found["perplexity_ratio"] = math.exp(statistics.fmean(logs))
+            if len(logs) > 1 and self is not course:
+                error = statistics.stdev(logs) / math.sqrt(len(logs))
+                found["perplexity_ratio_error"] = found["perplexity_ratio"] * error
+        return found
 
 
 def parse_method(spec: str) -> Method:
@@ -112,7 +140,7 @@ def bench(
     for library in absent:
         yield f"{library} is not installed: `make oracles` (`course oracles`) does it."
     folder = root / "runs" / "bench" / _label(model_name)
-    evaluation = _prepare(folder / "float", model_name, protocol)
+    calibrations, evaluation = _prepare(folder / "float", model_name, protocol)
     yield machine(protocol)
     torch.set_num_threads(protocol.threads)
     reference = None
@@ -120,7 +148,8 @@ def bench(
         model = load_model(str(folder / "float")).model
         reference = perplexity(model, evaluation, window=protocol.length).perplexity
         _record("float.perplexity", reference, model_name, protocol)
-    for repeat in range(protocol.repeats):
+    for repeat, calibration in enumerate(calibrations):
+        save_file({"tokens": calibration}, folder / "float" / "calibration.safetensors")
         for one in contenders[:: -1 if repeat % 2 else 1]:  # a copy, which allows to remove
             out = folder / f"{_label(one.spec)}_{one.who}"
             measured = run_once(one, folder / "float", out, protocol.threads)
@@ -128,18 +157,23 @@ def bench(
                 yield f"{one.spec}, {one.who}: {measured['refused']}"
                 contenders.remove(one)
                 continue
-            if protocol.evaluated and not repeat:  # the same in each
+            if protocol.evaluated:
                 model = _quantized(folder / "float", out)
                 found = perplexity(model, evaluation, window=protocol.length)
                 measured["perplexity"] = found.perplexity
             shutil.rmtree(out)
             one.runs.append(measured)
-            yield f"{one.spec}, {one.who}: {measured['seconds']:.1f} s ({repeat + 1}/{protocol.repeats})"
-    for one in contenders:
-        for name in filter(one.values, MEASURED):
-            key = f"{_label(one.spec)}.{one.who}.{name}"
-            _record(key, one.median(name), model_name, protocol, one)
-    yield table(contenders, reference, model_name, protocol)
+            quality = f", perplexity {measured['perplexity']:.3f}" if protocol.evaluated else ""
+            yield (
+                f"{one.spec}, {one.who}: {measured['seconds']:.1f} s{quality} "
+                f"({repeat + 1}/{protocol.repeats})"
+            )
+    course = {one.spec: one for one in contenders if one.who == "course"}
+    summaries = [(one, one.summary(course[one.spec])) for one in contenders]
+    for one, summary in summaries:
+        for name, value in summary.items():
+            _record(f"{_label(one.spec)}.{one.who}.{name}", value, model_name, protocol, one)
+    yield table(summaries, reference, model_name, protocol)
 
 
 def run_once(one: Contender, model: Path, out: Path, threads: int) -> dict:
@@ -176,37 +210,47 @@ def machine(protocol: Protocol) -> str:
 
 
 def table(
-    contenders: list[Contender], reference: float | None, model_name: str, protocol: Protocol
+    summaries: list[tuple[Contender, dict]],
+    reference: float | None,
+    model_name: str,
+    protocol: Protocol,
 ) -> Table:
-    """A row for each contender: medians, and the seconds' smallest and largest."""
+    """A row for each contender: medians, spread, and ratios to the course."""
     shown = Table(
         title=f"{model_name}: {protocol.sequences} x {protocol.length} tokens of calibration, "
         f"{protocol.repeats} runs each, perplexity on {protocol.evaluated:,} tokens",
-        caption="Seconds: median (smallest to largest) of quantizing, with calibration and without loading; "
-        "all of them over the course's. MB: the process at its largest, and by how much that is over the "
-        "loaded float model.",
+        caption="Seconds: median (smallest to largest) of quantizing, with calibration and without loading. "
+        "MB: the process at its largest, and by how much that is over the loaded float model. "
+        "Perplexity: geometric mean over the runs, each with a calibration of its own. "
+        "Over the course's: the ratio, in pairs of runs with one calibration, +- its standard error.",
     )
     for title in ("method", "by"):
         shown.add_column(title)
-    for title in ("seconds", "ratio", "peak MB", "added MB", "bits/weight", "perplexity"):
+    for title in (
+        *("seconds", "over the course's", "peak MB", "added MB", "bits/weight"),
+        *("perplexity", "over the course's"),
+    ):
         shown.add_column(title, justify="right")
     if reference is not None:
         shown.add_row("float", *[""] * 6, f"{reference:.3f}")
-    course = {one.spec: one.median("seconds") for one in contenders if one.who == "course"}
-    for one in contenders:
-        seconds = one.values("seconds")
+    for one, summary in summaries:
+        ratio = _cell(summary, "perplexity_ratio", ".4f")
+        if "perplexity_ratio_error" in summary:
+            ratio += f" +- {summary['perplexity_ratio_error']:.4f}"
         shown.add_row(
             one.spec,
             one.who,
-            f"{one.median('seconds'):.1f} ({min(seconds):.1f} to {max(seconds):.1f})",
-            f"{one.median('seconds') / course[one.spec]:.2f}",
-            *(f"{one.median(name) / 1e6:,.0f}" for name in ("peak_bytes", "added_bytes")),
-            *(
-                f"{one.median(name):.3f}" if one.values(name) else "-"
-                for name in ("bits_per_weight", "perplexity")
-            ),
+            "{seconds:.1f} ({least_seconds:.1f} to {most_seconds:.1f})".format(**summary),
+            _cell(summary, "seconds_ratio", ".2f"),
+            *(f"{summary[name] / 1e6:,.0f}" for name in ("peak_bytes", "added_bytes")),
+            *(_cell(summary, name, ".3f") for name in ("bits_per_weight", "perplexity")),
+            ratio,
         )
     return shown
+
+
+def _cell(summary: dict, name: str, form: str) -> str:
+    return format(summary[name], form) if name in summary else "-"
 
 
 def _contenders(root: Path, specs: list[str]) -> tuple[list[Contender], list[str]]:
@@ -227,21 +271,23 @@ def _contenders(root: Path, specs: list[str]) -> tuple[list[Contender], list[str
     return contenders, list(absent)
 
 
-def _prepare(folder: Path, model_name: str, protocol: Protocol) -> Tensor:
-    """Save float model and calibration into `folder`; returns the tokens of the perplexity."""
+def _prepare(folder: Path, model_name: str, protocol: Protocol) -> tuple[list[Tensor], Tensor]:
+    """Save the float model into `folder`; returns the rounds' calibrations, and tokens for perplexity."""
     try:
         model, tokenizer = load_model(model_name)
         positions = getattr(model.config, "max_position_embeddings", protocol.length)
         if protocol.length > positions:
             raise ValueError(f"{model_name} has {positions} positions: choose a length up to that.")
         evaluation = evaluation_tokens(tokenizer, protocol.evaluated or 1)
-        calibration = calibration_tokens(tokenizer, protocol.sequences, protocol.length)
+        calibrations = [
+            calibration_tokens(tokenizer, protocol.sequences, protocol.length, seed=seed)
+            for seed in range(protocol.repeats)
+        ]
     except (ModelUnavailable, ValueError) as error:
         raise CourseError(str(error)) from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    save_file({"tokens": calibration}, folder / "calibration.safetensors")
-    return evaluation
+    return calibrations, evaluation
 
 
 @torch.no_grad()
@@ -261,11 +307,11 @@ def _quantized(model: Path, out: Path) -> PreTrainedModel:
 def _record(
     key: str, value: float, model_name: str, protocol: Protocol, one: Contender | None = None
 ) -> None:
-    unit, share = MEASURED[key.rpartition(".")[2]]
+    unit = UNITS[key.rpartition(".")[2]]
     by = {"settings": repr(one.method), **one.runs[0]["versions"]} if one else {}
     set_context(profile="bench", device="cpu")
     record(
-        f"bench.{_label(model_name)}.{key}", value, unit, None if share is None else share * value,
+        f"bench.{_label(model_name)}.{key}", value, unit, None,
         model=model_name, corpus="factbook", **asdict(protocol), **by,
     )  # fmt: skip
 

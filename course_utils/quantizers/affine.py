@@ -20,6 +20,7 @@ from course_utils.quantizers.base import (
     register,
 )
 from course_utils.quantizers.grid import (
+    check_settings,
     code_range,
     dequantize,
     group_width,
@@ -124,25 +125,21 @@ class Affine(Method):
     weight_type: ClassVar[type] = AffineWeight
 
     def __post_init__(self):
-        if type(self.n_bits) is not int or self.n_bits not in range(2, 9):
-            raise ValueError(f"n_bits {self.n_bits!r}: choose 2 to 8")
-        size = self.group_size
-        if not (size in ("row", "tensor") or (type(size) is int and size > 0)):
-            raise ValueError(f"group_size {size!r}: choose a positive number, 'row' or 'tensor'")
+        wide = ("row", "tensor")
+        check_settings(self.n_bits, self.group_size, self.scale_dtype, wide_groups=wide)
         for setting, choices in {
             "weight_range": ("minmax", "mse", "percentile"),
             "inputs": ("float", "per_token", "static"),
             "input_range": tuple(OBSERVERS),
-            "scale_dtype": ("float16", "float32"),
         }.items():
             if getattr(self, setting) not in choices:
                 raise ValueError(
                     f"{setting} {getattr(self, setting)!r}: choose one of {', '.join(choices)}"
                 )
-        if self.inputs != "float" and size not in ("row", "tensor"):
+        if self.inputs != "float" and self.group_size not in wide:
             raise ValueError(
-                f"inputs={self.inputs!r} multiplies integers, and group_size {size} would put a scale "
-                "inside the sum: use group_size='row' or 'tensor', or inputs='float'"
+                f"inputs={self.inputs!r} multiplies integers, and group_size {self.group_size} would put "
+                "a scale inside the sum: use group_size='row' or 'tensor', or inputs='float'"
             )
 
     def new_statistics(self, in_features: int, device: torch.device) -> MinMax | None:

@@ -78,9 +78,12 @@ class Method:
         raise NotImplementedError
 
     def output_error(
-        self, weight: Tensor, quantized: QuantizedWeight, statistics: Statistics
+        self, weight: Tensor, approximation: Tensor, statistics: Statistics
     ) -> float | None:
-        """|x W^T - x Q^T|^2 / |x W^T|^2 over the calibration, if the statistics tell; else it is measured."""
+        """|x W^T - x Q^T|^2 / |x W^T|^2 over the calibration, Q the `approximation` `[out, in]`.
+
+        None (here) if the statistics do not tell: then it is measured.
+        """
         return None
 
     def linear(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:

@@ -52,15 +52,16 @@ def quantize_layer(
     with naming(f"layer {layer.name}"):
         weight = method.quantize(layer.weight, statistics)
     seconds = time.perf_counter() - start
+    decoded = weight.dequantize()
     error = _Error()
-    error.add(layer.weight, weight.dequantize())
+    error.add(layer.weight, decoded)
     report = LayerReport(
         layer.name,
         weight.shape,
         weight.bits_per_weight,
         weight.nbytes,
         error.relative,
-        None if statistics is None else method.output_error(layer.weight, weight, statistics),
+        None if statistics is None else method.output_error(layer.weight, decoded, statistics),
         seconds,
     )
     return QuantizedLinear(method, weight, layer.bias), report

@@ -23,6 +23,7 @@ from course_utils.quantizers.base import (
     register,
 )
 from course_utils.quantizers.grid import (
+    check_settings,
     code_range,
     dequantize,
     group_width,
@@ -281,11 +282,8 @@ class GPTQ(Method):
     weight_type: ClassVar[type] = GPTQWeight
 
     def __post_init__(self):
-        if type(self.n_bits) is not int or self.n_bits not in range(2, 9):
-            raise ValueError(f"n_bits {self.n_bits!r}: choose 2 to 8")
-        if self.group_size != "row" and not _is_positive(self.group_size):
-            raise ValueError(f"group_size {self.group_size!r}: choose a positive number or 'row'")
-        if not _is_positive(self.block_size):
+        check_settings(self.n_bits, self.group_size, self.scale_dtype, wide_groups=("row",))
+        if type(self.block_size) is not int or self.block_size < 1:
             raise ValueError(f"block_size {self.block_size!r}: choose a positive number")
         if self.static_groups and self.current_groups:
             raise ValueError(
@@ -294,8 +292,6 @@ class GPTQ(Method):
             )
         if not 0 <= self.damping < float("inf"):
             raise ValueError(f"damping {self.damping} must be 0 or positive; the paper's is 0.01")
-        if self.scale_dtype not in ("float16", "float32"):
-            raise ValueError(f"scale_dtype {self.scale_dtype!r}: choose one of float16, float32")
 
     def new_statistics(self, in_features: int, device: torch.device) -> Hessian:
         """The Hessian, still without inputs."""
@@ -315,18 +311,14 @@ class GPTQ(Method):
         return replace(stored, group_index=found.group_index if scattered else None)
 
     def output_error(
-        self, weight: Tensor, quantized: GPTQWeight, statistics: Hessian
+        self, weight: Tensor, approximation: Tensor, statistics: Hessian
     ) -> float | None:
         """The Hessian tells it: no need to run the block again."""
-        return statistics.relative_error(weight.float(), quantized.dequantize())
+        return statistics.relative_error(weight.float(), approximation)
 
     def linear(self, x: Tensor, weight: GPTQWeight, bias: Tensor | None) -> Tensor:
         """`x @ W.T + bias`, for `x` `[tokens, in]`, with the dequantized weight."""
         return dequantized_linear(x, weight, bias)
-
-
-def _is_positive(number: object) -> bool:
-    return type(number) is int and number > 0
 
 
 def _grids(

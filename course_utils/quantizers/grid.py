@@ -149,6 +149,21 @@ def stored_scale(scale: Tensor, scale_dtype: Literal["float16", "float32"]) -> T
     return stored
 
 
+def check_settings(
+    n_bits: int, group_size: int | str, scale_dtype: str, *, wide_groups: tuple[str, ...]
+) -> None:
+    """Refuse settings of a method that no grid has: `n_bits` is 2 to 8, a `group_size` that is no number
+    one of `wide_groups`, and `scale_dtype` float16 or float32.
+    """
+    if type(n_bits) is not int or n_bits not in range(2, 9):
+        raise ValueError(f"n_bits {n_bits!r}: choose 2 to 8")
+    if group_size not in wide_groups and not (type(group_size) is int and group_size > 0):
+        names = " or ".join(map(repr, wide_groups))
+        raise ValueError(f"group_size {group_size!r}: choose a positive number or {names}")
+    if scale_dtype not in ("float16", "float32"):
+        raise ValueError(f"scale_dtype {scale_dtype!r}: choose one of float16, float32")
+
+
 def group_width(group_size: int | Literal["row"], columns: int) -> int:
     """How many neighbouring columns of a row share a scale; ValueError if that does not divide `columns`."""
     size = columns if group_size == "row" else group_size
