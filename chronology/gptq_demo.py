@@ -661,11 +661,13 @@ figure = error_against_bits(
     "perplexity",
     xlabel="calibration sequences of 256 tokens",
 )
+figure.axes[0].set_xscale("symlog", base=2, linthresh=1)
+figure.axes[0].set_xticks(xs, xs)
 plt.show()
 
 # %% [markdown]
-# *Figure: perplexity of course-lm with 3 bits against the number of calibration sequences, between the levels of round-to-nearest and of the float
-# model. At 0 stands round-to-nearest.*
+# *Figure: perplexity of course-lm with 3 bits against the number of calibration sequences, on an axis that doubles, between the levels of
+# round-to-nearest and of the float model. At 0 stands round-to-nearest.*
 #
 # Where there are fewer tokens than the widest layer has features the Hessian is singular, and the package warns. Damping alone carries it then.
 #

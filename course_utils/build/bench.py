@@ -88,17 +88,15 @@ class Contender:
         """
         names = ("seconds", "peak_bytes", "added_bytes", "bits_per_weight")
         found = {name: statistics.median(self.values(name)) for name in names if self.values(name)}
-        found["least_seconds"], found["most_seconds"] = (
-            min(self.values("seconds")),
-            max(self.values("seconds")),
-        )
+        found["least_seconds"] = min(self.values("seconds"))
+        found["most_seconds"] = max(self.values("seconds"))
         found["seconds_ratio"] = found["seconds"] / statistics.median(course.values("seconds"))
         if perplexities := self.values("perplexity"):
             found["perplexity"] = statistics.geometric_mean(perplexities)
             pairs = zip(perplexities, course.values("perplexity"), strict=True)
             logs = [math.log(own / other) for own, other in pairs]
             found["perplexity_ratio"] = math.exp(statistics.fmean(logs))
-            if len(logs) > 1 and self is not course:
+            if len(logs) > 1:
                 error = statistics.stdev(logs) / math.sqrt(len(logs))
                 found["perplexity_ratio_error"] = found["perplexity_ratio"] * error
         return found

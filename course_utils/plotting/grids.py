@@ -73,7 +73,8 @@ def error_against_bits(
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(xlabel)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.legend(fontsize=8)
+        # Below the axis: curves that go from corner to corner, or lie level, leave no room inside.
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4)
         if log:
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
