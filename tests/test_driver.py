@@ -332,6 +332,29 @@ def test_blocks_of_another_run_are_refused(other, tmp_path):
         quantize_model(model, method, calibration=tokens, checkpoint=tmp_path)
 
 
+def test_blocks_of_another_configuration_are_refused(tmp_path):
+    """Its weights are the same, and so nothing but the configuration tells."""
+    method, tokens = GPTQ(group_size=8), some_tokens(3, 17)
+    quantize_model(tiny_llama(), method, calibration=tokens, checkpoint=tmp_path)
+    model = tiny_llama()
+    model.config.rms_norm_eps *= 10
+    with pytest.raises(ValueError, match="holds blocks of another run"):
+        quantize_model(model, method, calibration=tokens, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["progress", "model.layers.1"])
+def test_an_altered_byte_of_a_checkpoint_is_noticed(name, tmp_path):
+    """It was once loaded as it was, and then signed as right when the model was saved."""
+    method, tokens = GPTQ(group_size=8), some_tokens(3, 17)
+    quantize_model(tiny_llama(), method, calibration=tokens, checkpoint=tmp_path)
+    file = tmp_path / f"{name}.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}\.safetensors .*not those that were written"):
+        quantize_model(tiny_llama(), method, calibration=tokens, checkpoint=tmp_path)
+
+
 @pytest.mark.parametrize("name", ["progress", "model.layers.1"])
 def test_a_damaged_checkpoint_is_refused(name, tmp_path):
     method, tokens = GPTQ(group_size=8), some_tokens(3, 17)
@@ -432,14 +455,45 @@ def test_empty_calibration_is_refused(shape):
 
 
 @pytest.mark.parametrize("method", [INT8, Probe(Record())])
-def test_nan_inputs_name_the_first_layer_that_gets_them(method):
-    model = tiny_gpt2()
-    model.transformer.h[1].ln_2.weight.data[3] = float("nan")
-    layer = r"layer transformer\.h\.1\.mlp\.c_fc: 20 of its 480 inputs are NaN"
-    message = layer + r".*float32 on calibration sequence 1\. Repair"
+def test_nan_inputs_name_the_first_layer_that_gets_them_and_the_sequence(method):
+    model, tokens = tiny_gpt2(), some_tokens(3, 20)
+    tokens[tokens == 98] = 0
+    tokens[1, 4:] = 98  # in the second sequence only
+    model.transformer.wte.weight.data[98] = float("nan")
+    layer = r"layer transformer\.h\.0\.attn\.c_attn: 384 of its 480 inputs are NaN"
+    message = layer + r".*float32 on calibration sequence 2\. Repair"
     with pytest.raises(ValueError, match=message):
-        quantize_model(model, method, calibration=some_tokens())
+        quantize_model(model, method, calibration=tokens)
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_progress_is_shown_if_it_is_asked_for(capfd):
+    quantize_model(tiny_gpt2(), INT8, calibration=some_tokens())
+    assert not capfd.readouterr().err
+    quantize_model(tiny_gpt2(), INT8, calibration=some_tokens(), progress=True)
+    assert "blocks: 100%" in (told := capfd.readouterr().err) and "2/2" in told
+
+
+def test_settings_that_do_not_fit_a_later_layer_leave_the_model_whole():
+    """They were once found only when the walk came to that layer, after the blocks before it."""
+    model = tiny_llama()
+    names = [layer.name for layer in linear_layers(model)]
+    methods = {name: GPTQ(group_size=12) for name in names if "layers.0.mlp.down" not in name}
+    methods[names[-1]] = GPTQ(group_size=12)  # 40 columns
+    down = r"layer model\.layers\.1\.mlp\.down_proj: group_size 12 does not divide the 40"
+    with pytest.raises(ValueError, match=down):
+        quantize_model(model, methods, calibration=some_tokens(8, 20))
+    assert [layer.name for layer in linear_layers(model)] == names
+
+
+def test_calibration_that_the_model_cannot_read_is_refused():
+    with pytest.raises(ValueError, match=r"sequences of 33 tokens, but the model has 32 positions"):
+        quantize_model(tiny_gpt2(), INT8, calibration=some_tokens(2, 33))
+    for wrong in (99, -1):
+        tokens = some_tokens()
+        tokens[1, 3] = wrong
+        with pytest.raises(ValueError, match=rf"token id {wrong} in the .* has ids 0 to 98: take"):
+            quantize_model(tiny_gpt2(), INT8, calibration=tokens)
 
 
 def test_a_layer_outside_the_blocks_is_refused_not_skipped():

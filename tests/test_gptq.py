@@ -167,8 +167,8 @@ def test_codes_and_scales_are_those_of_production_libraries(case):
         assert torch.equal(found.group_index, index.int())
 
 
-def test_no_code_of_any_case_differs_on_the_processors_that_were_tried():
-    """294,912 codes, but for the row of zeros (1,536) in llm-compressor's asymmetric cases."""
+def test_in_all_cases_together_hardly_a_row_differs_in_float32_or_float64():
+    """294,912 codes, but for the row of zeros (3,072 of them) in llm-compressor's cases of "wide"."""
     different = {"float32": 0, "float64": 0}
     for case in CASES:
         rows, (codes, *_) = compared_rows(case), theirs(case)
@@ -176,6 +176,23 @@ def test_no_code_of_any_case_differs_on_the_processors_that_were_tried():
             mine = run(case, getattr(torch, dtype)).codes
             different[dtype] += int((mine[rows] != codes[rows]).any(1).sum())
     assert max(different.values()) <= MOST_TIES, f"rows that differ: {different}"
+
+
+def test_a_code_that_differs_has_to_lie_on_a_tie(monkeypatch):
+    """A layer made up: its first weight lies halfway between two codes, its second does not."""
+    row = torch.tensor([2.5, 3.25, -1, 14])  # on a grid of whole numbers
+    monkeypatch.setitem(LAYERS, "tied.weight", row.repeat(24, 1))
+    monkeypatch.setitem(LAYERS, "tied.hessian", torch.eye(4))
+    plain = dict.fromkeys(("symmetric", "act_order", "static_groups"), False)
+    case = Case("made up", 0, {"layer": "tied", "n_bits": 4, "group_size": "row", **plain})
+    found = run(case)
+    assert rows_that_a_tie_explains(case, found, found.codes) == []
+    codes = found.codes.clone()
+    codes[7, 0] += 1
+    assert rows_that_a_tie_explains(case, found, codes) == [7]
+    codes[9, 1] += 1
+    with pytest.raises(AssertionError, match=r"row 9 differs in columns \[1\], and not by a tie"):
+        rows_that_a_tie_explains(case, found, codes)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.settings["layer"] == "wide"], ids=str)
@@ -287,15 +304,19 @@ def test_groups_inside_a_block_get_stale_grids_as_in_the_authors_code():
 @settings(deadline=None, max_examples=40)
 @given(
     SEEDS, ORDERS, st.sampled_from([16, 64, "row"]), st.sampled_from([2, 3, 4, 8]), st.booleans(),
-    st.floats(1e-3, 1.0), st.integers(1, 80),
+    st.floats(1e-3, 1.0), st.integers(1, 80), st.integers(0, 10),
 )  # fmt: skip
-def test_losses_sum_up_to_half_the_trace(seed, order, size, n_bits, symmetric, damping, block_size):
-    """sum of losses = tr(dW H dW^T) / 2 with H damped, whatever the settings."""
+def test_losses_sum_up_to_half_the_trace(
+    seed, order, size, n_bits, symmetric, damping, block_size, dead
+):
+    """sum of losses = tr(dW H dW^T) / 2 with H damped, whatever the settings; W of dead features is 0."""
     weight, hessian = a_layer(seed=seed)
+    hessian[:dead], hessian[:, :dead] = 0, 0
     found = gptq_codes(
         weight, hessian, n_bits=n_bits, group_size=size, symmetric=symmetric, damping=damping,
         block_size=block_size, **order,
     )  # fmt: skip
+    weight[:, :dead], hessian.diagonal()[:dead] = 0, 1
     difference = weight - values(found)
     per_row = ((difference @ damped(hessian, damping)) * difference).sum(1) / 2
     torch.testing.assert_close(found.losses.sum(1), per_row, rtol=1e-10, atol=0)
@@ -403,7 +424,7 @@ def test_a_group_of_zeros_and_one_without_negative_weights(symmetric):
 @settings(deadline=None, max_examples=20)
 @given(SEEDS)
 def test_error_on_the_inputs_is_below_that_of_round_to_nearest(seed):
-    """No theorem; on correlated inputs it holds by far, and more so with act-order on unequal ones."""
+    """No theorem; on correlated inputs it holds by far."""
     weight, hessian = a_layer(16, 64, seed=seed)
 
     def error(codes):
@@ -613,6 +634,8 @@ def test_bad_weights_are_refused():
         ({"group_size": 0}, "group_size 0: choose a positive number or 'row'"),
         ({"group_size": "tensor"}, "group_size 'tensor'"),
         ({"block_size": 0}, "block_size 0: choose a positive number$"),
+        ({"act_order": "false"}, "act_order 'false': choose True or False"),
+        ({"symmetric": 1}, "symmetric 1: choose True or False"),
         ({"damping": -0.1}, r"damping -0\.1.*the paper's is 0\.01"),
         ({"damping": float("nan")}, "damping nan"),
         ({"scale_dtype": "bfloat16"}, "scale_dtype 'bfloat16'"),

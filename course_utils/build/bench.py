@@ -4,7 +4,8 @@ Every run is a process of its own, so that its peak memory is its own, and the c
 so that a machine that gets slower slows down all of them. All get the same float model, and in each
 round the same calibration, from a folder. Every round cuts another calibration from the text: one cut
 alone can favour anybody by some percent of perplexity. What is timed goes from the float model in
-memory to the quantized one: calibration and packing are in it, loading and saving are not.
+memory to the quantized one: calibration is in it, and packing where it is not left to saving (as
+llm-compressor does), but neither loading nor saving.
 """
 
 import ast
@@ -150,7 +151,12 @@ def bench(
         save_file({"tokens": calibration}, folder / "float" / "calibration.safetensors")
         for one in contenders[:: -1 if repeat % 2 else 1]:  # a copy, which allows to remove
             out = folder / f"{_label(one.spec)}_{one.who}"
-            measured = run_once(one, folder / "float", out, protocol.threads)
+            try:
+                measured = run_once(one, folder / "float", out, protocol.threads)
+            except CourseError as error:
+                if one.who == "course":
+                    raise CourseError(f"{one.spec}, course: {error}") from error
+                measured = {"refused": str(error)}  # of the others' runs there is still a table
             if "refused" in measured:
                 yield f"{one.spec}, {one.who}: {measured['refused']}"
                 contenders.remove(one)
@@ -191,7 +197,7 @@ def run_once(one: Contender, model: Path, out: Path, threads: int) -> dict:
         )
     if done.returncode:
         last = log.read_text("utf-8", "replace").strip().splitlines()[-1:]
-        raise CourseError(f"{one.spec}, {one.who}: {' '.join(last)} All of it is in {log}.")
+        raise CourseError(f"the run failed: {' '.join(last)} All of it is in {log}.")
     measured = json.loads((out / "measured.json").read_text("utf-8"))
     if "refused" not in measured:
         measured["added_bytes"] = measured["peak_bytes"] - measured["loaded_bytes"]
@@ -217,10 +223,12 @@ def table(
     shown = Table(
         title=f"{model_name}: {protocol.sequences} x {protocol.length} tokens of calibration, "
         f"{protocol.repeats} runs each, perplexity on {protocol.evaluated:,} tokens",
-        caption="Seconds: median (smallest to largest) of quantizing, with calibration and without loading. "
+        caption="Seconds: median (smallest to largest) of quantizing, with calibration and without loading; "
+        "over the course's: the ratio of the medians. "
         "MB: the process at its largest, and by how much that is over the loaded float model. "
-        "Perplexity: geometric mean over the runs, each with a calibration of its own. "
-        "Over the course's: the ratio, in pairs of runs with one calibration, +- its standard error.",
+        "Perplexity: geometric mean over the runs, each with a calibration of its own; over the course's: "
+        "the ratio in pairs of runs with one calibration, +- its standard error over calibrations. "
+        "The text that it is measured on is one.",
     )
     for title in ("method", "by"):
         shown.add_column(title)
@@ -274,8 +282,12 @@ def _prepare(folder: Path, model_name: str, protocol: Protocol) -> tuple[list[Te
     try:
         model, tokenizer = load_model(model_name)
         positions = getattr(model.config, "max_position_embeddings", protocol.length)
-        if protocol.length > positions:
-            raise ValueError(f"{model_name} has {positions} positions: choose a length up to that.")
+        if not 2 <= protocol.length <= positions:
+            raise ValueError(f"length {protocol.length}: {model_name} takes 2 to {positions}.")
+        if protocol.evaluated == 1 or protocol.evaluated < 0:
+            raise ValueError(
+                f"evaluated {protocol.evaluated}: choose 0 (no perplexity), or 2 or more."
+            )
         evaluation = evaluation_tokens(tokenizer, protocol.evaluated or 1)
         calibrations = [
             calibration_tokens(tokenizer, protocol.sequences, protocol.length, seed=seed)
@@ -295,10 +307,13 @@ def _quantized(model: Path, out: Path) -> PreTrainedModel:
     if not weights.is_file():
         return load_model(str(out)).model
     filled, of_layer = load_model(str(model)).model, load_file(weights)
-    for layer in linear_layers(filled):
-        layer.weight.copy_(of_layer.pop(layer.name))
-    if of_layer:
-        raise CourseError(f"{weights} holds what are no linear layers: {', '.join(of_layer)}.")
+    layers = {layer.name: layer for layer in linear_layers(filled)}
+    if apart := layers.keys() ^ of_layer.keys():
+        raise CourseError(
+            f"{weights} and the model differ in these layers: {', '.join(sorted(apart))}."
+        )
+    for name, layer in layers.items():
+        layer.weight.copy_(of_layer[name])
     return filled
 
 

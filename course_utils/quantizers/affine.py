@@ -15,6 +15,7 @@ from course_utils.kernels import int8_matmul_zero_points, pack, unpack
 from course_utils.quantizers.base import (
     Method,
     QuantizedWeight,
+    check_switches,
     check_weight,
     dequantized_linear,
     register,
@@ -125,6 +126,7 @@ class Affine(Method):
     weight_type: ClassVar[type] = AffineWeight
 
     def __post_init__(self):
+        check_switches(self)
         wide = ("row", "tensor")
         check_settings(self.n_bits, self.group_size, self.scale_dtype, wide_groups=wide)
         for setting, choices in {
@@ -141,6 +143,11 @@ class Affine(Method):
                 f"inputs={self.inputs!r} multiplies integers, and group_size {self.group_size} would put "
                 "a scale inside the sum: use group_size='row' or 'tensor', or inputs='float'"
             )
+
+    def check_shape(self, out: int, columns: int) -> None:
+        """Refuse columns that groups of this size do not divide."""
+        if self.group_size != "tensor":
+            group_width(self.group_size, columns)
 
     def new_statistics(self, in_features: int, device: torch.device) -> MinMax | None:
         """With `inputs="static"` the observer of the layer's inputs."""

@@ -63,6 +63,12 @@ class Method:
     # they were, or as they are once quantized.
     prefix: ClassVar[Literal["quantized", "float"]] = "quantized"
 
+    def check_shape(self, out: int, columns: int) -> None:
+        """Refuse a weight `[out, columns]` that the settings do not fit; here none.
+
+        Called for every layer before the first is touched.
+        """
+
     def prepare(self, block: nn.Module, inputs: BlockInputs) -> None:
         """Rewrite a decoder block in place without changing its float function; here nothing.
 
@@ -141,6 +147,14 @@ def check_weight(weight: Tensor) -> None:
             f"{int(bad.sum())} of {weight.numel()} weights are not finite in float32, the first is "
             f"{weight[row, column].item()} at [{row}, {column}]: repair the checkpoint."
         )
+
+
+def check_switches(method: Method) -> None:
+    """Refuse settings that are on or off, and got neither: the text "false" would be on."""
+    for field in fields(method):
+        value = getattr(method, field.name)
+        if field.type is bool and type(value) is not bool:
+            raise ValueError(f"{field.name} {value!r}: choose True or False")
 
 
 def all_finite(x: Tensor) -> bool:

@@ -2,8 +2,10 @@
 
 A file for each block holds all its tensors as quantization left them, what describes its quantized
 layers, and their reports. `progress.safetensors`, written after it, says how many blocks are finished, and
-holds the inputs of the next one. It also holds the run's fingerprint, a hash of the float model, of
-the methods and of the calibration tokens, so that no block of another run gets in.
+holds the inputs of the next one. It also holds the run's fingerprint, a hash of the float model with its
+configuration, of the methods and of the calibration tokens, so that no block of another run gets in.
+Each file holds a hash of its tensors: altered bytes would still be weights. Writing and reading the
+inputs takes their memory once more for that moment.
 """
 
 import hashlib
@@ -35,11 +37,15 @@ class Checkpoint:
         cls, folder: Path, model: nn.Module, methods: Mapping[str, Method], tokens: Tensor
     ) -> "Checkpoint":
         """For quantizing the float `model` by `methods`, calibrated on `tokens`, into `folder`."""
-        digest = hashlib.sha256(repr(sorted(methods.items(), key=lambda item: item[0])).encode())
-        for name, tensor in {**model.state_dict(), "calibration tokens": tokens}.items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return cls(folder, digest.hexdigest())
+        config = model.config.to_dict() if hasattr(model, "config") else {}
+        for of_the_place in ("_name_or_path", "transformers_version"):
+            config.pop(of_the_place, None)
+        parts = (
+            repr(sorted(methods.items(), key=lambda item: item[0])),
+            json.dumps(config, sort_keys=True, default=str),
+            _digest({**model.state_dict(), "calibration tokens": tokens}),
+        )
+        return cls(folder, hashlib.sha256(" ".join(parts).encode()).hexdigest())
 
     def finished(self, inputs: BlockInputs) -> int:
         """How many blocks are finished; if there are any, `inputs` become those of the next block.
@@ -88,17 +94,30 @@ class Checkpoint:
         return [LayerReport(**report) for report in reports]
 
 
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def _write(file: Path, tensors: Mapping[str, Tensor], made: dict) -> None:
     with replacing(file) as partial:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, partial, metadata={"made": json.dumps(made)})
+        described = json.dumps(made | {"sha256": _digest(contiguous)})
+        save_file(contiguous, partial, metadata={"made": described})
 
 
 def _read(file: Path, device: torch.device) -> tuple[dict[str, Tensor], dict]:
     try:
         with safe_open(file, "pt", device=str(device)) as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            return tensors, json.loads(opened.metadata()["made"])
+            made = json.loads(opened.metadata()["made"])
+        if made["sha256"] != _digest(tensors):
+            raise ValueError("its tensors are not those that were written")
+        return tensors, made
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise ValueError(
             f"{file} cannot be read ({error}): give checkpoint= an empty folder, and start again"

@@ -79,17 +79,21 @@ class GgufBlocks(Method):
         if self.kind not in BLOCK_BYTES:
             raise ValueError(f"kind {self.kind!r}: choose one of {', '.join(BLOCK_BYTES)}")
 
+    def check_shape(self, out: int, columns: int) -> None:
+        """Refuse columns that are no multiple of 32."""
+        if columns % BLOCK:
+            raise ValueError(
+                f"{columns} columns are not a multiple of {BLOCK}, the block of {self.kind}: "
+                "leave this layer float, or choose another method"
+            )
+
     def quantize(self, weight: Tensor, statistics: None = None) -> GgufWeight:
         """The blocks of `weight` `[out, in]`; `in` must be a multiple of 32.
 
         Raises `ValueError` for another width, and for a step or minimum beyond float16.
         """
         check_weight(weight)
-        if weight.shape[1] % BLOCK:
-            raise ValueError(
-                f"{weight.shape[1]} columns are not a multiple of {BLOCK}, the block of {self.kind}: "
-                "leave this layer float, or choose another method"
-            )
+        self.check_shape(*weight.shape)
         x = weight.float().unflatten(1, (-1, BLOCK))  # [out, blocks, 32]
         if self.kind == "Q8_0":
             header = _divide(x.abs().amax(2, keepdim=True), 127)

@@ -3,8 +3,8 @@
 Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers", arXiv 2210.17323, algorithm 1 and section 4. What the paper leaves open follows the
 authors' code (github.com/IST-DASLab/gptq). Built step by step in `chronology/gptq_demo`. Given the
-same Hessian, codes and scales are those of GPTQModel, and with static groups those of
-llm-compressor.
+same Hessian and float32 scales, codes and scales are those of GPTQModel, and with static groups those
+of llm-compressor (but for the grids of groups without a negative, or without any, weight: see `GPTQ`).
 """
 
 import warnings
@@ -18,6 +18,7 @@ from course_utils.quantizers.affine import AffineWeight
 from course_utils.quantizers.base import (
     Method,
     all_finite,
+    check_switches,
     check_weight,
     dequantized_linear,
     register,
@@ -126,13 +127,13 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 
     Raises ValueError if the damped Hessian is not positive definite in its dtype.
     """
-    damped = hessian.clone()
+    damped = hessian.flip(0, 1)
     damped.diagonal().add_(damping * hessian.diagonal().mean())
-    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    lower, failed = torch.linalg.cholesky_ex(damped)  # R with its rows and columns turned round
+    del damped
     if not failed:
-        R = lower.flip(0, 1)
-        eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
-        U = torch.linalg.solve_triangular(R, eye, upper=True)
+        eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        U = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
     if failed or not U.isfinite().all():
         raise ValueError(
             f"the Hessian {tuple(hessian.shape)} with damping {damping} is not positive definite in "
@@ -282,6 +283,7 @@ class GPTQ(Method):
     weight_type: ClassVar[type] = GPTQWeight
 
     def __post_init__(self):
+        check_switches(self)
         check_settings(self.n_bits, self.group_size, self.scale_dtype, wide_groups=("row",))
         if type(self.block_size) is not int or self.block_size < 1:
             raise ValueError(f"block_size {self.block_size!r}: choose a positive number")
@@ -292,6 +294,10 @@ class GPTQ(Method):
             )
         if not 0 <= self.damping < float("inf"):
             raise ValueError(f"damping {self.damping} must be 0 or positive; the paper's is 0.01")
+
+    def check_shape(self, out: int, columns: int) -> None:
+        """Refuse columns that groups of this size do not divide."""
+        group_width(self.group_size, columns)
 
     def new_statistics(self, in_features: int, device: torch.device) -> Hessian:
         """The Hessian, still without inputs."""

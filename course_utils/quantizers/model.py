@@ -73,10 +73,11 @@ def quantize_model(
     result is saved by `model.save_pretrained` and loaded by
     `from_pretrained`, packed.
 
-    Raises `ValueError` or `TypeError` for weights that no method takes, for names that are no float
-    linear layer of the model, for a layer that stands in two places, and for a method that looks at inputs
-    without calibration; the model is whole then. Should something be wrong first in a later block (NaN in
-    its inputs), the blocks before are quantized already: load the model again.
+    Raises `ValueError` or `TypeError` for weights that no method takes or that its settings do not fit
+    (groups that do not divide the columns), for calibration that the model cannot read, for names that
+    are no float linear layer of the model, for a layer that stands in two places, and for a method that
+    looks at inputs without calibration; the model is whole then. Should something be wrong first in a
+    later block (NaN in its inputs), the blocks before are quantized already: load the model again.
     """
     methods = _by_layer(model, method)
     if checkpoint is not None and calibration is None:
@@ -127,6 +128,7 @@ def _by_layer(model: nn.Module, method: Method | Mapping[str, Method]) -> Mappin
             )
         with naming(f"layer {name}"):
             check_weight(layers[name].weight)
+            chosen.check_shape(*layers[name].weight.shape)
     return methods
 
 
@@ -156,6 +158,20 @@ def _check_calibration(model: nn.Module, calibration: Tensor) -> None:
             "calibration is [sequences, length] token ids, "
             f"got {calibration.dtype} {tuple(calibration.shape)}"
         )
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if positions is not None and calibration.shape[1] > positions:
+        raise ValueError(
+            f"calibration sequences of {calibration.shape[1]} tokens, but the model has {positions} "
+            "positions: cut shorter ones."
+        )
+    if hasattr(model, "get_input_embeddings"):
+        known = model.get_input_embeddings().num_embeddings
+        bad = calibration[(calibration < 0) | (calibration >= known)]
+        if len(bad):
+            raise ValueError(
+                f"token id {bad[0].item()} in the calibration, but the model has ids 0 to {known - 1}: "
+                "take its own tokenizer."
+            )
     if model.training:
         raise ValueError(
             "the model is in training mode, whose dropout would be calibrated on: call model.eval()."
