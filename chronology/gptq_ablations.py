@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["badge"]
-#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/gptq_ablations.ipynb)
 # # GPTQ, part by part: what calibration, order and grids are worth
 #
 # *Large Model Quantization: a deep dive. Chronology, companion of `gptq_demo`.*
@@ -27,7 +27,39 @@
 # It takes about 45 minutes to read and work. You need `gptq_demo`. No profile needs a GPU; `quick` runs in under a minute, `cpu` in under ten.
 
 # %% tags=["setup"]
+# Set-up: installs the course's package where it is missing, as on Colab.
+import importlib.metadata
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
 
+VERSION = "0.1.0"
+ARCHIVE = "https://github.com/adiel2012/model-size-reduction/archive/main.zip"
+if importlib.util.find_spec("course_utils") is None:
+    spec = "course_utils[oracles] @ " + os.environ.get("COURSE_UTILS_SPEC", ARCHIVE)
+    # What is installed already stays as it is: pip may only add to it.
+    pins = {}
+    for d in reversed(list(importlib.metadata.distributions())):
+        pins[re.sub("[-_.]+", "-", str(d.name)).lower()] = f"{d.name}=={d.version}\n"
+    pin = re.compile(r"\S+==\d+(\.\d+)*((a|b|rc|\.post|\.dev)\d+)*(\+[\w.]+)?\n")
+    with tempfile.TemporaryDirectory() as folder:
+        with open(f"{folder}/constraints.txt", "w") as file:
+            file.writelines(filter(pin.fullmatch, pins.values()))
+        command = [sys.executable, "-m", "pip", "install", "-c", file.name, spec]
+        pip = subprocess.run(command, capture_output=True, text=True)
+    if pip.returncode != 0:
+        hint = "If versions conflict on Colab: Runtime > Change runtime type > latest."
+        raise RuntimeError(f"pip failed:\n{(pip.stdout + pip.stderr)[-2000:]}{hint}")
+    importlib.invalidate_caches()
+import course_utils
+
+if course_utils.__version__ != VERSION:
+    found = f"The notebook needs course_utils {VERSION}, not {course_utils.__version__}"
+    remedy = "On Colab open it by its badge; elsewhere install its commit, and restart"
+    raise RuntimeError(f"{found}. {remedy}.")
 # %%
 import argparse
 import inspect
@@ -151,8 +183,8 @@ plt.show()
 best = min(by_amount.values())
 enough = next(n for n, value in by_amount.items() if value <= best + noise)
 helps = next(n for n, value in by_amount.items() if value < nearest - noise)
-print(f"{helps} sequences are the first to beat round-to-nearest beyond the noise;")
-print(f"{enough} are the first that lie within the noise of the best.")
+print(f"first amount to beat round-to-nearest by more than the noise: {helps};")
+print(f"first amount within the noise of the best: {enough}")
 
 # %% [markdown]
 # *Figure: loss of course-lm with 3 bits against the number of calibration sequences, on an axis that doubles, with the levels of
@@ -178,8 +210,8 @@ for name, value in found.items():
     print(f"{name:17} loss {value:.4f}: {won:4.0%} of what nearest lost is won back")
 
 # %% [markdown]
-# The right text is best, and still the others, random tokens among them, are far from useless: which features of a layer go together is to a part a matter of the model's
-# weights, whatever it reads.
+# The right text is best. What the others win back all the same, random tokens among them, has nothing to do with what the text says: which features of a layer go together is to
+# a part a matter of the model's weights, whatever it reads.
 #
 # ## Damping, order, grids, and whose inputs
 #
@@ -229,13 +261,13 @@ for label, method in tried.items():
 
 # %% [markdown]
 # "No difference" means that the sign changed with the text. Smaller groups cost bits, one group a row and symmetric grids save some, and act-order without static grids has the
-# group of every column to store: at equal bytes are only settings with the same bits. What is better for the error of a layer (current grids, act-order: `gptq_demo`) need not be
-# better for the model. And whose inputs a block gets has to count for less here than one might think: GPTQ measures a layer's error on
+# group of every column to store: at equal bytes are only settings with the same bits. Current grids lower the error of a layer (`gptq_demo`); whether they help the model, the two lines
+# with groups of 32 tell. And whose inputs a block gets has to count for less here than one might think: GPTQ measures a layer's error on
 # the inputs it will get, but leaves what went wrong before as it is.
 #
 # ## Massive features: where the order counts
 #
-# Act-order was made for models with features of very unequal size. How unequal are they? The inputs of every MLP's second layer, by the diagonal of its Hessian: for each
+# Act-order was made for models with features of very unequal size, and in many models a few are massive on a few tokens [@sun2024massive]. How unequal are they here? The inputs of every MLP's second layer, by the diagonal of its Hessian: for each
 # model the layer in which the largest mean square stands out most.
 
 
@@ -245,7 +277,6 @@ def diagonals(name, sequences):
     """The Hessian's diagonal for the second MLP layer of each block."""
     model, tokenizer = fresh(name)
     window = min(512, model.config.max_position_embeddings)
-    wanted = [block for block, _ in blocks(model)]
     found = {}
     for layer in linear_layers(model):
         if not layer.name.endswith(("mlp.c_proj", "mlp.down_proj")):
@@ -254,34 +285,35 @@ def diagonals(name, sequences):
         layer.module.register_forward_pre_hook(
             lambda _, args, to=gathered: to.update(args[0].flatten(0, -2))
         )
-    assert len(found) == len(wanted)
+    assert len(found) == len(blocks(model))
     for sequence in calibration_tokens(tokenizer, sequences, window, seed=profile.seed):
         model(input_ids=sequence[None].to(profile.device))
     return {layer: gathered.matrix().diagonal() for layer, gathered in found.items()}
 
 
+# %%
 names = [name.replace("q4_1", "dithered") for name in profile.models]
 for name in names:
     all_of = diagonals(name, profile.pick(quick=4, cpu=8))
     layer, d = max(all_of.items(), key=lambda item: item[1].max() / item[1].median())
     place, damping = int(d.argmax()), 0.01 * d.mean()
     print(f"{name}, {layer}: {len(d)} features")
-    print(
-        f"  the largest mean square is {d.max() / d.median():,.0f} times the median one,"
-    )
+    times = d.max() / d.median()
+    print(f"  the largest mean square is {times:,.0f} times the median one,")
     print(f"  and comes as column {place}, with {len(d) - 1 - place} behind it;")
     print(f"  damping adds {damping / d.median():.2f} of the median one to each")
 
 # %% [markdown]
-# One feature that is so much larger than the others has two effects. What its weights lose counts most, and only columns behind it can make up for it. And since damping is a share of the *mean*
+# Where one feature is so much larger than the others, as in SmolLM2, it has two effects. What its weights lose counts most, and only columns behind it can make up for it. And since damping is a share of the *mean*
 # diagonal, which that one feature lifts, it can drown the ordinary features: then GPTQ knows little of how they go together.
 #
-# Three settings tell the order and the grids apart, on one text for each model (a run of the larger model takes about a minute on two cores): columns as they come with grids found on the way; the same
-# with static grids; and act-order with static grids, which has all bytes in common with the second.
+# Four settings tell these things apart, on one text for each model (a run of the larger model takes about a minute on two cores): columns as they come with grids found on the way; the same
+# with a hundredth of the damping; with static grids; and act-order with static grids, at the same bytes.
 
 # %%
 orders = {
     "as they come": {},
+    "as they come, damping 0.0001": {"damping": 1e-4},
     "as they come, static": {"static_groups": True},
     "act-order, static": {"act_order": True, "static_groups": True},
 }
@@ -295,7 +327,7 @@ for name in names:
     print(f"{name}, 3 bits in groups of {size}: float {loss(name, model):.3f} nats")
     for label, changed in orders.items():
         value, bits = after(name, GPTQ(n_bits=3, group_size=size, **changed), text)
-        print(f"  {label:21} {bits:.3f} bits per weight, loss {value:.3f}")
+        print(f"  {label:28} {bits:.3f} bits per weight, loss {value:.3f}")
         by = {"model": name, "corpus": "factbook", "tokens": n_tokens, "window": window}
         key = (
             f"gptq_ablations.{name}.order.{label.replace(', ', '_').replace(' ', '_')}"
@@ -304,6 +336,10 @@ for name in names:
         record(f"{key}.bits_per_weight", bits, "bits", 0, **by)
 
 # %% [markdown]
+# Each setting differs from the first in one thing, but for the last, which is to be read against the one before it: if static grids alone change little and act-order much, it is the order
+# that helps. Where no feature is massive there is little for it to gain. And if less damping makes things worse, that the ordinary features are drowned is not what hurts: damping also keeps GPTQ
+# from moving large errors about on the strength of few tokens.
+#
 # ## Limits
 #
 # - One model of a few million weights for most of it. On a larger one the noise is smaller and so are the differences; their order may be another.

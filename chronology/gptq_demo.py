@@ -224,15 +224,11 @@ def in_order(w, H):
     return q
 
 
-print("row             nearest  OBQ    in order  best of 64")
-for w in [
-    *W,
-    torch.tensor([2.5, 1.2, 1]).double(),
-    torch.tensor([2.9, 0.6, 3]).double(),
-]:
+print(f"{'row':13}", *(f"{name:>9}" for name in ("nearest", "OBQ", "in order", "best")))
+for w in [*W, *torch.tensor([[2.5, 1.2, 1.0], [2.9, 0.6, 3.0]]).double()]:
     found = w.round(), obq(w, H), in_order(w, H), best_of_all(w, H)[0]
-    errors = "".join(f"{objective(w, q, H):9.4f}" for q in found)
-    print(f"{w.tolist()!s:15}{errors}")
+    weights = ", ".join(f"{v:.1f}" for v in w.tolist())
+    print(f"{weights:13}", *(f"{objective(w, q, H):9.4f}" for q in found))
 
 # %% [markdown]
 # Neither greedy order is always the better one, neither always finds the best, and in the last row the fixed order does worse than the nearest codes: being
@@ -670,7 +666,7 @@ assert abs(loss - 0.09 / (2 * pair.inverse()[0, 0].item())) < 1e-12
 
 # %% tags=["exercise"]
 def lazy_gptq(W, U, block_size):
-    """Integer codes of `W` `[out, in]`, in its dtype, with the upper factor `U` `[in, in]`.
+    """Whole codes of `W` `[out, in]`, in its dtype; `U` is the upper factor `[in, in]`.
 
     Approach: for each block copy its columns; round them one by one, spread each error,
     (w - q) / U_kk, over the block's later columns; when the block is done subtract

@@ -230,8 +230,8 @@ def table(
         "the ratio in pairs of runs with one calibration, +- its standard error over calibrations. "
         "The text that it is measured on is one.",
     )
-    for title in ("method", "by"):
-        shown.add_column(title)
+    shown.add_column("method", overflow="fold")  # settings are long, and all of them count
+    shown.add_column("by")
     for title in (
         *("seconds", "over the course's", "peak MB", "added MB", "bits/weight"),
         *("perplexity", "over the course's"),

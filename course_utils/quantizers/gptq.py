@@ -4,7 +4,8 @@ Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative P
 Transformers", arXiv 2210.17323, algorithm 1 and section 4. What the paper leaves open follows the
 authors' code (github.com/IST-DASLab/gptq). Built step by step in `chronology/gptq_demo`. Given the
 same Hessian and float32 scales, codes and scales are those of GPTQModel, and with static groups those
-of llm-compressor (but for the grids of groups without a negative, or without any, weight: see `GPTQ`).
+of llm-compressor. Two grids differ: GPTQModel's symmetric one of a group without a negative weight (see
+`GPTQ`), and llm-compressor's of a group of zeros.
 """
 
 import warnings
