@@ -342,7 +342,7 @@ for name in names:
 #
 # ## Limits
 #
-# - One model of a few million weights for most of it. On a larger one the noise is smaller and so are the differences; their order may be another.
+# - One model of a few million weights for most of it. On another the noise and the differences are others. (On SmolLM2 another text moves the perplexity by some percent: see the README.)
 # - Three texts tell whether a sign holds, not how large a difference is. The held-out text is one, too.
 # - The settings are changed one at a time. Two changes together need not add up.
 # - What serves the layers' errors is not asked here; `gptq_demo` looks at a single layer.
