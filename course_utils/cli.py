@@ -305,7 +305,7 @@ def bench_quantize(
     root = _choose_runs("bench")
     threads = threads or torch.get_num_threads()
     protocol = Protocol(sequences, length, evaluated, repeats, threads)
-    console = Console(width=None if sys.stdout.isatty() else 160)  # a file gets no folded cells
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a file has no width of its own
     for line in bench(root, methods or ["gptq:n_bits=4,group_size=64"], model, protocol):
         if isinstance(line, str):
             typer.echo(line)

@@ -151,12 +151,7 @@ def bench(
         save_file({"tokens": calibration}, folder / "float" / "calibration.safetensors")
         for one in contenders[:: -1 if repeat % 2 else 1]:  # a copy, which allows to remove
             out = folder / f"{_label(one.spec)}_{one.who}"
-            try:
-                measured = run_once(one, folder / "float", out, protocol.threads)
-            except CourseError as error:
-                if one.who == "course":
-                    raise CourseError(f"{one.spec}, course: {error}") from error
-                measured = {"refused": str(error)}  # of the others' runs there is still a table
+            measured = run_once(one, folder / "float", out, protocol.threads)
             if "refused" in measured:
                 yield f"{one.spec}, {one.who}: {measured['refused']}"
                 contenders.remove(one)
@@ -181,7 +176,10 @@ def bench(
 
 
 def run_once(one: Contender, model: Path, out: Path, threads: int) -> dict:
-    """What one run measured; `out` holds the quantized model then."""
+    """What one run measured, with the quantized model in `out`; or why a library "refused".
+
+    Raises `CourseError` if a run of the course fails.
+    """
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     settings = json.dumps({"name": one.method.name, **asdict(one.method)})
@@ -197,7 +195,10 @@ def run_once(one: Contender, model: Path, out: Path, threads: int) -> dict:
         )
     if done.returncode:
         last = log.read_text("utf-8", "replace").strip().splitlines()[-1:]
-        raise CourseError(f"the run failed: {' '.join(last)} All of it is in {log}.")
+        reason = f"the run failed: {' '.join(last)} All of it is in {log}."
+        if one.who == "course":
+            raise CourseError(f"{one.spec}, course: {reason}")
+        return {"refused": reason}  # of the others' runs there is still a table
     measured = json.loads((out / "measured.json").read_text("utf-8"))
     if "refused" not in measured:
         measured["added_bytes"] = measured["peak_bytes"] - measured["loaded_bytes"]
