@@ -72,13 +72,14 @@ from typing import ClassVar
 import matplotlib.pyplot as plt
 import torch
 import transformers
+from course_utils.compression import get_method, quantize_model
+from course_utils.compression.hessian import Hessian
 from course_utils.data.tokens import calibration_tokens, evaluation_tokens
 from course_utils.evaluation import perplexity
 from course_utils.models import blocks, linear_layers, load_model
 from course_utils.plotting import error_against_bits
 from course_utils.profiles import resolve
-from course_utils.quantizers import get_method, quantize_model
-from course_utils.quantizers.gptq import GPTQ, Hessian, gptq_codes
+from course_utils.quantizers.gptq import GPTQ, gptq_codes
 from course_utils.results import record
 
 # %% tags=["parameters"]

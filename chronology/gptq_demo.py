@@ -74,13 +74,14 @@ import time
 import matplotlib.pyplot as plt
 import torch
 import transformers
+from course_utils.compression import get_method, quantize_model
+from course_utils.compression.hessian import Hessian, inverse_factor
 from course_utils.data.tokens import calibration_tokens, evaluation_tokens
 from course_utils.evaluation import file_bytes, perplexity, time_per_token
 from course_utils.models import linear_layers, load_model
 from course_utils.plotting import error_against_bits, rounding_distances
 from course_utils.profiles import resolve
-from course_utils.quantizers import get_method, quantize_model
-from course_utils.quantizers.gptq import Hessian, gptq_codes, inverse_factor
+from course_utils.quantizers.gptq import gptq_codes
 from course_utils.results import record
 from torch.utils.flop_counter import FlopCounterMode
 

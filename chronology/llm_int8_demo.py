@@ -75,6 +75,7 @@ import tempfile
 import matplotlib.pyplot as plt
 import torch
 import transformers
+from course_utils.compression import get_method, quantize_model
 from course_utils.data.tokens import calibration_tokens, evaluation_tokens
 from course_utils.evaluation import (
     file_bytes,
@@ -92,7 +93,6 @@ from course_utils.plotting import (
     relative_bars,
 )
 from course_utils.profiles import resolve
-from course_utils.quantizers import get_method, quantize_model
 from course_utils.quantizers.llm_int8 import vectorwise_quantize
 from course_utils.results import record
 

@@ -75,8 +75,10 @@ from contextlib import contextmanager
 import matplotlib.pyplot as plt
 import torch
 import transformers
+from course_utils.compression import get_method, quantize_model
 from course_utils.data.tokens import calibration_tokens, evaluation_tokens
 from course_utils.evaluation import perplexity, time_per_token
+from course_utils.grids import observers
 from course_utils.models import blocks, linear_layers, load_model
 from course_utils.models.structure import norm_groups
 from course_utils.plotting import (
@@ -85,7 +87,6 @@ from course_utils.plotting import (
     loss_against_alpha,
 )
 from course_utils.profiles import resolve
-from course_utils.quantizers import get_method, observers, quantize_model
 from course_utils.quantizers.smoothquant import smoothing_factors
 from course_utils.results import record
 

@@ -73,19 +73,19 @@ import warnings
 import matplotlib.pyplot as plt
 import torch
 import transformers
+from course_utils.compression import get_method, quantize_model
 from course_utils.data.tokens import calibration_tokens, evaluation_tokens
 from course_utils.evaluation import perplexity
-from course_utils.kernels import fixed_point, int8_matmul_zero_points
-from course_utils.models import linear_layers
-from course_utils.plotting import error_against_bits
-from course_utils.profiles import resolve
-from course_utils.quantizers import get_method, quantize_model
-from course_utils.quantizers.grid import (
+from course_utils.grids.uniform import (
     code_range,
     dequantize,
     quantize,
     scale_and_zero_point,
 )
+from course_utils.kernels import fixed_point, int8_matmul_zero_points
+from course_utils.models import linear_layers
+from course_utils.plotting import error_against_bits
+from course_utils.profiles import resolve
 from course_utils.results import record
 
 # %% tags=["parameters"]

@@ -78,13 +78,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from course_utils.compression import get_method, quantize_model
 from course_utils.data.tokens import evaluation_tokens
 from course_utils.evaluation import perplexity
+from course_utils.grids import uniform
 from course_utils.kernels import packing
 from course_utils.models import linear_layers
 from course_utils.plotting import error_against_bits, staircase, values_on_grid
 from course_utils.profiles import resolve
-from course_utils.quantizers import get_method, grid, quantize_model
 from course_utils.results import record
 
 # %% tags=["parameters"]
@@ -535,10 +536,10 @@ for n_bits in (8, 4, 3, 2):
 # %%
 S, Z = scale_and_zero_point(W, 0, 15)
 codes = quantize(W, S, Z, 0, 15)
-theirs = grid.scale_and_zero_point(W.amin(1), W.amax(1), 0, 15, symmetric=False)
+theirs = uniform.scale_and_zero_point(W.amin(1), W.amax(1), 0, 15, symmetric=False)
 assert torch.equal(theirs[0], S[:, 0]) and torch.equal(theirs[1], Z[:, 0])
-assert torch.equal(grid.quantize(W, S, Z, 0, 15), codes)
-assert torch.equal(grid.dequantize(codes, S, Z), dequantize(codes, S, Z))
+assert torch.equal(uniform.quantize(W, S, Z, 0, 15), codes)
+assert torch.equal(uniform.dequantize(codes, S, Z), dequantize(codes, S, Z))
 stored = packing.pack(codes, 4)  # uint8 [out, in / 2]
 assert torch.equal(stored[0], pack(codes[0], 4))
 assert torch.equal(packing.unpack(stored, 4, W.shape[1]), codes.to(torch.uint8))

@@ -75,6 +75,8 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 import transformers
+from course_utils.compression import QuantizedLinear, get_method, quantize_model
+from course_utils.compression.sensitivity import Choice, allocate, sensitivity
 from course_utils.data.tokens import calibration_tokens, evaluation_tokens
 from course_utils.evaluation import file_bytes, perplexity, time_per_token
 from course_utils.models import linear_layers, load_model, replace_module
@@ -84,8 +86,6 @@ from course_utils.plotting import (
     sensitivity_bars,
 )
 from course_utils.profiles import resolve
-from course_utils.quantizers import QuantizedLinear, get_method, quantize_model
-from course_utils.quantizers.sensitivity import Choice, allocate, sensitivity
 from course_utils.results import record
 
 # %% tags=["parameters"]

@@ -74,16 +74,16 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 import transformers
+from course_utils.compression import get_method, quantize_model
 from course_utils.data.batches import TrainingBatches, token_stream
 from course_utils.data.corpora import documents
 from course_utils.data.tokens import calibration_tokens, evaluation_tokens
 from course_utils.evaluation import perplexity, tensor_bytes
+from course_utils.finetuning.qat import FakeQuantLinear, convert, prepare_qat
+from course_utils.grids.fake_quantization import fake_quantize, learned_step
 from course_utils.models import linear_layers, load_model
 from course_utils.plotting import error_against_bits, step_gradient, training_curves
 from course_utils.profiles import resolve
-from course_utils.quantizers import get_method, quantize_model
-from course_utils.quantizers.fake_quantization import fake_quantize, learned_step
-from course_utils.quantizers.qat import FakeQuantLinear, convert, prepare_qat
 from course_utils.results import record
 from course_utils.training.loop import TrainConfig, next_token_loss, train
 from torch import nn

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from course_utils.build.notebooks import Notebook
-from course_utils.build.standard_cells import SETUP, badge
+from course_utils.tools.notebooks.pairs import Notebook
+from course_utils.tools.notebooks.standard_cells import SETUP, badge
 
 NAME = "chronology/sample"
 CELLS = {

@@ -6,15 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from course_utils.build.notebooks import FOLDERS
-from course_utils.build.stamps import course_imports, parts_imported
+from course_utils.compression.methods import method_class, method_names
+from course_utils.tools.notebooks.pairs import FOLDERS
+from course_utils.tools.notebooks.stamps import course_imports, parts_imported
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "course_utils"
-METHODS = {"quantizers", "pruning", "distillation"}
-BASES = {"cache", "files", "kernels", "models", "data", "training"}
-BESIDE = {"evaluation", "plotting", "results", "references"}
-TOOLS = {"build", "cli", "__main__"}  # used by people, not by other parts
+# Each part may import those of the floors below its own, and the small ones of everybody.
+FLOORS = [
+    {"kernels", "grids"},
+    {"models", "data"},
+    {"evaluation", "plotting", "results", "training"},
+    {"compression", "profiles"},
+    {"quantizers", "pruning", "formats"},
+    {"finetuning", "distillation"},
+    {"tools"},
+    {"__main__"},
+]
+SMALL = {"cache", "files", "references"}
 
 PARTS = {
     path.stem: [path] if path.is_file() else sorted(path.rglob("*.py"))
@@ -35,31 +44,53 @@ def imports_of(part: str) -> set[str]:
 
 
 def test_the_arrows_are_read_from_the_sources():
-    assert {"models", "kernels"} <= imports_of("quantizers")
+    assert {"compression", "kernels"} <= imports_of("quantizers")
+
+
+def test_every_part_has_its_floor():
+    assert set(PARTS) <= SMALL.union(*FLOORS) | {"__init__"}
+
+
+@pytest.mark.parametrize("part", sorted(SMALL))
+def test_small_parts_import_no_other(part):
+    assert not imports_of(part)
+
+
+@pytest.mark.parametrize("floor", range(len(FLOORS)))
+def test_arrows_point_down(floor):
+    below = SMALL.union(*FLOORS[:floor])
+    for part in FLOORS[floor] & set(PARTS):
+        assert imports_of(part) <= below, part
 
 
 def test_kernels_know_nothing_of_methods_and_models():
     assert imports_of("kernels") <= {"cache"}
 
 
-@pytest.mark.parametrize("part", sorted(BASES & set(PARTS)))
-def test_bases_know_nothing_of_methods(part):
-    assert imports_of(part) <= BASES | BESIDE
-
-
-@pytest.mark.parametrize("part", sorted(METHODS & set(PARTS)))
-def test_methods_stand_on_the_bases_alone(part):
-    assert imports_of(part) <= BASES | BESIDE
-
-
-@pytest.mark.parametrize("part", sorted(set(PARTS) - TOOLS))
-def test_nothing_imports_the_tools(part):
-    assert not imports_of(part) & TOOLS
-
-
 def test_nothing_but_the_entry_point_imports_cli():
-    assert [part for part in PARTS if "cli" in imports_of(part)] == ["__main__"]
-    assert "cli" not in imports_of("build")
+    importing = [path for path in PACKAGE.rglob("*.py") if "tools.cli" in path.read_text("utf-8")]
+    assert {path.relative_to(PACKAGE).parts[:2] for path in importing} <= {
+        ("__main__.py",),
+        ("tools", "cli"),
+    }
+
+
+def test_compression_and_quantizers_import_no_method_but_when_asked():
+    code = (
+        "import sys, course_utils.compression, course_utils.quantizers as q\n"
+        "loaded = [m for m in sys.modules if m.startswith(q.__name__ + '.')]\n"
+        "assert not loaded, loaded\n"
+        "assert course_utils.compression.get_method('gptq', n_bits=3).n_bits == 3\n"
+        "assert 'course_utils.quantizers.smoothquant' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_a_method_is_named_as_its_module(name):
+    assert method_class(name).name == name
+    assert method_class(name).__module__ == f"course_utils.quantizers.{name}"
 
 
 def test_no_two_parts_need_each_other():
@@ -73,7 +104,7 @@ def test_notebooks_use_public_names_only():
     scripts = [script for folder in FOLDERS for script in (ROOT / folder).glob("*.py")]
     used = {(script.name, name) for script in scripts for name in course_imports(script)}
     hidden = {(script, name) for script, name in used if "._" in name}
-    tools = {(script, name) for script, name in used if set(name.split(".")[1:2]) & TOOLS}
+    tools = {(script, name) for script, name in used if name.split(".")[1:2] == ["tools"]}
     assert not hidden | tools
 
 
@@ -112,22 +143,22 @@ def import_all(
 
 def test_importing_needs_no_extras_and_touches_nothing():
     absent = ["bitsandbytes", "papermill", "nbval", "jupyterlab", "jupytext", "nbformat", "pytest"]
-    # build makes notebooks, and needs what makes notebooks
-    modules = [name for name in MODULES if not name.startswith("course_utils.build.")]
+    # tools make notebooks, and need what makes notebooks
+    modules = [name for name in MODULES if not name.startswith("course_utils.tools.")]
     libraries = ["torch", "transformers", "matplotlib.font_manager"]  # which lists fonts at first
     done = import_all(libraries, absent, modules)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{len(modules)} imported\n"
 
 
-def test_importing_build_touches_nothing():
-    modules = [name for name in MODULES if name.startswith("course_utils.build.")]
+def test_importing_tools_touches_nothing():
+    modules = [name for name in MODULES if name.startswith("course_utils.tools.")]
     libraries = ["torch", "transformers", "jupytext", "papermill"]  # jupytext asks pandoc's version
     done = import_all(libraries, ["bitsandbytes"], modules)
     assert done.returncode == 0, done.stderr
 
 
 def test_importing_course_utils_loads_no_torch():
-    code = "import sys, course_utils, course_utils.cli\nassert 'torch' not in sys.modules"
+    code = "import sys, course_utils, course_utils.tools.cli\nassert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from course_utils.build import CourseError, bench
-from course_utils.build.bench import Protocol, parse_method
-from course_utils.quantizers import METHODS
+from course_utils.compression import method_names
 from course_utils.quantizers.gptq import GPTQ
 from course_utils.results import list_runs
+from course_utils.tools import CourseError, bench
+from course_utils.tools.bench.quantize import Protocol, parse_method
 
 ROOT = Path(__file__).parent.parent
 PROTOCOL = Protocol(sequences=2, length=64, evaluated=128, repeats=1, threads=1)
@@ -49,7 +49,7 @@ if not settings["symmetric"]:
 def course(tmp_path: Path, monkeypatch) -> Path:
     """A course with a library for GPTQ that runs in this Python; and another, not installed."""
     for name in ("library", "missing"):
-        scripts = tmp_path / "tests" / "oracles" / name / "model"
+        scripts = tmp_path / "course_utils" / "tools" / "oracles" / name / "model"
         scripts.mkdir(parents=True)
         (scripts / "gptq.py").write_text(LIBRARY)
         (scripts.parent / "requirements.txt").write_text("# nothing\n")
@@ -167,7 +167,7 @@ def test_a_library_that_fails_leaves_the_others_their_table(course):
 
 
 def test_a_library_that_leaves_a_layer_out_is_told_which(course):
-    script = course / "tests" / "oracles" / "library" / "model" / "gptq.py"
+    script = course / "course_utils" / "tools" / "oracles" / "library" / "model" / "gptq.py"
     script.write_text(LIBRARY.replace('".c_" in n', '".c_" in n and "h.1.mlp.c_fc" not in n'))
     with pytest.raises(CourseError, match=r"differ in these layers: transformer\.h\.1\.mlp\.c_fc"):
         run(course, "gptq:group_size=64")
@@ -181,7 +181,7 @@ def test_a_run_that_fails_tells_its_reason_and_its_log(course):
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system's own count is taken")
 def test_peak_memory_is_not_that_of_the_process_that_started_it():
     held = bytearray(10**9)  # getrusage counts this for the child, too
-    ask = "from course_utils.build.quantize_once import peak_bytes; print(peak_bytes())"
+    ask = "from course_utils.tools.bench.quantize_once import peak_bytes; print(peak_bytes())"
     done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
     assert 10**8 < int(done.stdout) < len(held)
 
@@ -224,5 +224,5 @@ def test_a_bad_model_or_length_is_an_error(course, model, length, evaluated, mes
 
 
 def test_scripts_for_whole_models_are_named_as_methods():
-    scripts = list(ROOT.glob("tests/oracles/*/model/*.py"))
-    assert scripts and {script.stem for script in scripts} <= set(METHODS)
+    scripts = list(ROOT.glob("course_utils/tools/oracles/*/model/*.py"))
+    assert scripts and {script.stem for script in scripts} <= set(method_names())

@@ -16,15 +16,23 @@ from typer.testing import CliRunner
 
 import course_utils
 from conftest import CELLS, NAME, script
-from course_utils import REPOSITORY, REVISION, __version__, cli
-from course_utils.build import CourseError, exercises, make, standard_cells
-from course_utils.build import execute as execution
-from course_utils.build.check import check
-from course_utils.build.environments import python_of
-from course_utils.build.execute import NotebookFailed, execute
-from course_utils.build.notebooks import Notebook, course_root, find_notebooks, from_script, tagged
-from course_utils.build.standard_cells import SETUP, badge, write_standard_cells
+from course_utils import REPOSITORY, REVISION, __version__
 from course_utils.results import fill
+from course_utils.tools import CourseError, cli
+from course_utils.tools.environments import python_of
+from course_utils.tools.notebooks import build as building
+from course_utils.tools.notebooks import execute as execution
+from course_utils.tools.notebooks import exercises, standard_cells
+from course_utils.tools.notebooks.check import check
+from course_utils.tools.notebooks.execute import NotebookFailed, execute
+from course_utils.tools.notebooks.pairs import (
+    Notebook,
+    course_root,
+    find_notebooks,
+    from_script,
+    tagged,
+)
+from course_utils.tools.notebooks.standard_cells import SETUP, badge, write_standard_cells
 
 ROOT = Path(__file__).parent.parent
 
@@ -154,14 +162,14 @@ def built_once(tmp_path_factory):
 @pytest.fixture
 def built(sample, built_once) -> Notebook:
     if not built_once:
-        assert make.build(sample)
+        assert building.build(sample)
         built_once["text"] = sample.ipynb.read_text(encoding="utf-8")
     sample.ipynb.write_text(built_once["text"], encoding="utf-8")
     return sample
 
 
 def test_build_makes_a_notebook_that_passes_its_check(built):
-    nb = make.read(built)
+    nb = building.read(built)
     assert check(built) == []
     assert printed(nb) == "auto 0 cpu\n"
     assert nb.metadata["course"]["versions"]["course_utils"] == __version__
@@ -171,11 +179,11 @@ def test_build_makes_a_notebook_that_passes_its_check(built):
 
 def test_build_again_does_nothing_until_something_changes(built):
     before = built.ipynb.read_bytes()
-    assert not make.build(built)
+    assert not building.build(built)
     assert built.ipynb.read_bytes() == before
     (built.root / "course_utils" / "data" / "__init__.py").write_text("ONE = 1\n")
-    assert make.build(built)
-    assert make.build(built, force=True)
+    assert building.build(built)
+    assert building.build(built, force=True)
     first, second = (json.loads(text) for text in (before, built.ipynb.read_bytes()))
     assert first["cells"] == second["cells"]
 
@@ -184,7 +192,7 @@ def test_build_that_fails_leaves_the_notebook(built):
     before = built.ipynb.read_bytes()
     change(built, work="# %%\n1 / 0")
     with pytest.raises(NotebookFailed, match="ZeroDivisionError"):
-        make.build(built)
+        building.build(built)
     assert built.ipynb.read_bytes() == before
 
 
@@ -201,9 +209,9 @@ def test_build_writes_the_standard_cells(sample):
 def test_widgets_are_left_out_of_a_built_notebook(sample):
     nb = from_script(sample)
     nb.metadata["widgets"] = {"state": {}}
-    data = {make.WIDGETS: {"model_id": "1"}, "text/plain": "100%"}
+    data = {building.WIDGETS: {"model_id": "1"}, "text/plain": "100%"}
     nb.cells[6].outputs = [nbformat.v4.new_output("display_data", data)]
-    clean = make.canonical(nb)
+    clean = building.canonical(nb)
     assert "widgets" not in clean.metadata
     assert dict(clean.cells[6].outputs[0].data) == {"text/plain": "100%"}
 
@@ -267,7 +275,7 @@ def error(nb):
 
 
 def widget(nb):
-    nb.cells[6].outputs = [nbformat.v4.new_output("display_data", {make.WIDGETS: {"a": "1"}})]
+    nb.cells[6].outputs = [nbformat.v4.new_output("display_data", {building.WIDGETS: {"a": "1"}})]
 
 
 @pytest.mark.parametrize(
@@ -285,7 +293,7 @@ def widget(nb):
     ],
 )
 def test_check_sees_in_the_built_notebook(built, plant, message):
-    nb = make.read(built)
+    nb = building.read(built)
     plant(nb)
     nbformat.write(nb, built.ipynb)
     problems = check(built)
@@ -324,7 +332,7 @@ def revisions(nb: nbformat.NotebookNode) -> list[str]:
 def test_badge_and_set_up_cell_of_every_notebook_are_of_one_revision(notebook):
     assert revisions(from_script(notebook)) == [REVISION, REVISION]
     if notebook.ipynb.exists():  # else `course check` asks for it
-        assert revisions(make.read(notebook)) == [REVISION, REVISION]
+        assert revisions(building.read(notebook)) == [REVISION, REVISION]
 
 
 def test_a_release_has_one_line_to_change(sample, monkeypatch):

@@ -18,12 +18,12 @@ import pytest
 
 from conftest import NAME, script
 from course_utils import __version__
-from course_utils.build import CourseError, colab
-from course_utils.build.colab import NotLikeColab, installed, run_on_python, set_up
-from course_utils.build.environments import python_of
-from course_utils.build.execute import NotebookFailed
-from course_utils.build.notebooks import Notebook
-from course_utils.build.standard_cells import SETUP
+from course_utils.tools import CourseError, colab
+from course_utils.tools.colab import NotLikeColab, installed, run_on_python, set_up
+from course_utils.tools.environments import python_of
+from course_utils.tools.notebooks.execute import NotebookFailed
+from course_utils.tools.notebooks.pairs import Notebook
+from course_utils.tools.notebooks.standard_cells import SETUP
 
 ROOT = Path(__file__).parent.parent
 
@@ -250,7 +250,9 @@ def test_archive_is_like_githubs(course, tmp_path):
     colab.write_archive(course.root, tmp_path / "main.zip")
     names = zipfile.ZipFile(tmp_path / "main.zip").namelist()
     assert {name.split("/")[0] for name in names} == {"course-main"}
-    assert {"course-main/pyproject.toml", "course-main/course_utils/cli.py"} <= set(names)
+    assert {"course-main/pyproject.toml", "course-main/course_utils/tools/cli/__init__.py"} <= set(
+        names
+    )
     assert not {"course-main/runs/ignored.txt", "course-main/LICENSE"} & set(names)
     with pytest.raises(CourseError, match="git cannot list the files of"):
         colab.write_archive(tmp_path, tmp_path / "none.zip")

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from course_utils.data.batches import token_stream
 from course_utils.data.corpora import Document, documents, split_of
 from course_utils.data.tokens import calibration_tokens, evaluation_tokens
-from course_utils.evaluation.ngram import overlap
+from course_utils.tools.site.ngram import overlap
 
 SPLITS = ("train", "calibration", "evaluation")
 # Shares of the sequences of 13, 50 and 100 words of one split that another one holds too.

@@ -13,12 +13,12 @@ import nbformat
 import pytest
 import torch
 
-from course_utils.build.execute import execute
-from course_utils.build.notebooks import FOLDERS, find_notebooks, from_script, tags
+from course_utils.compression import get_method, method_names, quantize_model
 from course_utils.data.tokens import calibration_tokens
 from course_utils.models import load_model
 from course_utils.profiles import resolve
-from course_utils.quantizers import METHODS, get_method, quantize_model
+from course_utils.tools.notebooks.execute import execute
+from course_utils.tools.notebooks.pairs import FOLDERS, find_notebooks, from_script, tags
 
 ROOT = Path(__file__).parent.parent
 
@@ -87,12 +87,12 @@ import sys
 sys.modules["triton"] = None  # importing it fails
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
-from course_utils.quantizers import METHODS, get_method, quantize_model
+from course_utils.compression import get_method, method_names, quantize_model
 
 config = GPT2Config(
     vocab_size=99, n_positions=32, n_embd=128, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
 )
-for name in sorted(METHODS):
+for name in method_names():
     model = GPT2LMHeadModel(config).eval().half()
     quantize_model(model, get_method(name), calibration=torch.arange(8)[None])
     logits = model(torch.arange(8)[None]).logits
@@ -106,7 +106,7 @@ def test_every_method_runs_in_float16_without_triton():
         [sys.executable, "-c", WITHOUT_TRITON], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == sorted(METHODS)
+    assert done.stdout.split() == method_names()
 
 
 # The same of the notebooks, in this machine's place of a T4: run after the set-up cell

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from course_utils.compression import Method, get_method, quantize_model
 from course_utils.models import BlockInputs, blocks, linear_layers
-from course_utils.quantizers import Method, get_method, quantize_model
 from course_utils.quantizers.affine import Affine
 from course_utils.quantizers.gptq import GPTQ
 from course_utils.quantizers.llm_int8 import Int8Weight, LLMInt8
@@ -386,8 +386,8 @@ import resource, sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from course_utils.models import blocks
-from course_utils.quantizers import get_method, quantize_model
-from course_utils.quantizers.gptq import Hessian
+from course_utils.compression import get_method, quantize_model
+from course_utils.compression.hessian import Hessian
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from course_utils.quantizers.fake_quantization import fake_quantize, learned_step, straight_through
-from course_utils.quantizers.grid import code_range, dequantize, quantize
+from course_utils.grids.fake_quantization import fake_quantize, learned_step, straight_through
+from course_utils.grids.uniform import code_range, dequantize, quantize
 
 SEEDS = st.integers(0, 2**31)
 

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from course_utils.cache import DownloadError, cache_dir, cached, fetch_wheel, sha256
+from course_utils.compression import QuantizedLinear, get_method, method_names, quantize_model
 from course_utils.data.tokens import evaluation_tokens
 from course_utils.models import ModelUnavailable, load_model
-from course_utils.quantizers import METHODS, QuantizedLinear, get_method, quantize_model
 
 # Weights and inputs, for every method there is
 
@@ -45,7 +45,7 @@ BAD_WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", method_names())
 @pytest.mark.parametrize("fault", BAD_WEIGHTS)
 def test_every_method_refuses_bad_weights(name, fault):
     weight, message = BAD_WEIGHTS[fault]
@@ -499,7 +499,7 @@ def test_an_empty_course_cache_is_none(monkeypatch):
 
 HOMELESS = """
 from course_utils.profiles import resolve
-from course_utils.quantizers import get_method, quantize_model
+from course_utils.compression import get_method, quantize_model
 
 models = resolve("cpu").load_models()
 print(list(models), quantize_model(models["course-lm"].model, get_method("llm_int8")).weights)

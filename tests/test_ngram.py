@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from course_utils.data.corpora import documents
-from course_utils.evaluation.ngram import NGram, overlap
+from course_utils.tools.site.ngram import NGram, overlap
 
 VOCABULARY = 5
 streams = st.lists(st.integers(0, VOCABULARY - 1), min_size=5, max_size=80)

@@ -15,11 +15,17 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from course_utils.build import CourseError
-from course_utils.build.execute import execute
-from course_utils.build.exercises import student_version
-from course_utils.build.notebooks import FOLDERS, Notebook, find_notebooks, from_script, tagged
 from course_utils.results import compare, list_runs
+from course_utils.tools import CourseError
+from course_utils.tools.notebooks.execute import execute
+from course_utils.tools.notebooks.exercises import student_version
+from course_utils.tools.notebooks.pairs import (
+    FOLDERS,
+    Notebook,
+    find_notebooks,
+    from_script,
+    tagged,
+)
 
 ROOT = Path(__file__).parent.parent
 HAS_NOTEBOOKS = any(list((ROOT / folder).glob("*.py")) for folder in FOLDERS)

@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from course_utils.quantizers.grid import code_range, dequantize, quantize, scale_and_zero_point
-from course_utils.quantizers.observers import (
+from course_utils.grids.observers import (
     OBSERVERS,
     Entropy,
     MeanSquaredError,
@@ -18,6 +17,7 @@ from course_utils.quantizers.observers import (
     mse_range,
     percentile_range,
 )
+from course_utils.grids.uniform import code_range, dequantize, quantize, scale_and_zero_point
 
 HISTOGRAMS = {"percentile": Percentile, "mse": MeanSquaredError, "entropy": Entropy}
 BIN = 2**-12  # of a histogram, relative to the largest magnitude, at most

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from conftest import script
-from course_utils.build.notebooks import FOLDERS, Notebook, find_notebooks
 from course_utils.results import compare, list_runs
+from course_utils.tools.notebooks.pairs import FOLDERS, Notebook, find_notebooks
 
 ROOT = Path(__file__).parent.parent
 
@@ -142,7 +142,7 @@ for module in pkgutil.walk_packages(course_utils.__path__, "course_utils."):
 from course_utils.data.tokens import calibration_tokens, evaluation_tokens
 from course_utils.evaluation import perplexity
 from course_utils.models import load_model
-from course_utils.quantizers import get_method, quantize_model
+from course_utils.compression import get_method, quantize_model
 
 model, tokenizer = load_model("course-lm")
 tokens = evaluation_tokens(tokenizer, 256)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from course_utils.build import CourseError
-from course_utils.build.oracles import libraries, make_environment, write_vectors
+from course_utils.tools import CourseError
+from course_utils.tools.golden import libraries, make_environment, write_vectors
 
 ROOT = Path(__file__).parent.parent
 WRITE = "import sys\nfrom pathlib import Path\n"
@@ -15,7 +15,7 @@ WRITE = "import sys\nfrom pathlib import Path\n"
 def course(tmp_path: Path) -> Path:
     """A course with one oracle, which needs nothing installed."""
     root = tmp_path / "a course"
-    oracle = root / "tests" / "oracles" / "library"
+    oracle = root / "course_utils" / "tools" / "oracles" / "library"
     oracle.mkdir(parents=True)
     (oracle / "requirements.txt").write_text("# nothing\n")
     (oracle.parent / "sums_layers.py").write_text(
@@ -39,7 +39,7 @@ def test_layers_come_first_and_scripts_run_in_an_environment_of_their_own(course
 
     kept = environment / "kept"
     kept.touch()
-    requirements = course / "tests" / "oracles" / "library" / "requirements.txt"
+    requirements = course / "course_utils" / "tools" / "oracles" / "library" / "requirements.txt"
     make_environment(requirements, environment)
     assert kept.exists()
     requirements.write_text("# changed\n")
@@ -50,7 +50,9 @@ def test_layers_come_first_and_scripts_run_in_an_environment_of_their_own(course
 def test_a_script_that_fails_and_an_oracle_that_is_not_there_are_errors(course):
     with pytest.raises(CourseError, match=r"no oracle 'hqq'\. There are: library"):
         list(write_vectors(course, ["hqq"]))
-    (course / "tests" / "oracles" / "sums_layers.py").write_text("raise SystemExit(3)")
+    (course / "course_utils" / "tools" / "oracles" / "sums_layers.py").write_text(
+        "raise SystemExit(3)"
+    )
     with pytest.raises(CourseError, match=r"sums_layers\.py .* failed: see above"):
         list(write_vectors(course))
 

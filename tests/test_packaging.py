@@ -12,9 +12,9 @@ from packaging.utils import canonicalize_name
 from typer.main import get_command
 
 from course_utils import REVISION, __version__
-from course_utils.build import colab
-from course_utils.build.notebooks import FOLDERS
-from course_utils.cli import app
+from course_utils.tools import colab
+from course_utils.tools.cli import app
+from course_utils.tools.notebooks.pairs import FOLDERS
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

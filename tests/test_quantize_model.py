@@ -8,10 +8,10 @@ import torch
 from tiny_models import some_tokens, tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM
 
+from course_utils.compression import QuantizedLinear, get_method, quantize_model
 from course_utils.data.tokens import calibration_tokens, evaluation_tokens
 from course_utils.evaluation import file_bytes, perplexity, process_bytes, tensor_bytes
 from course_utils.models import linear_layers, load_model
-from course_utils.quantizers import QuantizedLinear, get_method, quantize_model
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import some_tokens, tiny_gpt2, tiny_llama
 
+from course_utils.compression import Method, quantize_model
+from course_utils.compression.sensitivity import Choice, allocate, sensitivity
 from course_utils.data.tokens import evaluation_tokens
 from course_utils.evaluation import perplexity
 from course_utils.models import blocks, linear_layers, load_model
 from course_utils.models.structure import norm_groups
-from course_utils.quantizers import Method, quantize_model
 from course_utils.quantizers.llm_int8 import Int8Weight, LLMInt8
-from course_utils.quantizers.sensitivity import Choice, allocate, sensitivity
 from course_utils.quantizers.smoothquant import SmoothQuant
 
 INT8 = LLMInt8(threshold=0.0)

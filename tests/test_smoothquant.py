@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from tiny_models import some_tokens, tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM
 
+from course_utils.compression import get_method, quantize_model
 from course_utils.data.tokens import calibration_tokens, evaluation_tokens
 from course_utils.evaluation import perplexity
 from course_utils.models import BlockInputs, LinearLayer, blocks, linear_layers, load_model
 from course_utils.models.structure import norm_groups
-from course_utils.quantizers import get_method, quantize_model
 from course_utils.quantizers.llm_int8 import LLMInt8
 from course_utils.quantizers.smoothquant import SmoothQuant, smoothing_factors
 

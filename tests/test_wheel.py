@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from course_utils import __version__
-from course_utils.build.notebooks import FOLDERS
+from course_utils.tools.notebooks.pairs import FOLDERS
 
 ROOT = Path(__file__).parent.parent
 # What building needs, and folders it must leave out; not .git, environments and runs.
@@ -90,7 +90,7 @@ import course_utils
 from course_utils.data.tokens import evaluation_tokens
 from course_utils.evaluation import perplexity
 from course_utils.models import load_model
-from course_utils.quantizers import get_method, quantize_model
+from course_utils.compression import get_method, quantize_model
 
 assert Path(course_utils.__file__).is_relative_to(sys.prefix), course_utils.__file__
 model, tokenizer = load_model("course-lm")

@@ -14,8 +14,8 @@ import yaml
 from packaging.specifiers import SpecifierSet
 from typer.main import get_command
 
-from course_utils.build import colab
-from course_utils.cli import app
+from course_utils.tools import colab
+from course_utils.tools.cli import app
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / ".github" / "workflows"

@@ -11,16 +11,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from course_utils.kernels import int8_matmul_zero_points, pack, unpack
-from course_utils.quantizers.base import (
+from course_utils.compression.base import (
     Method,
     QuantizedWeight,
     check_switches,
     check_weight,
     dequantized_linear,
-    register,
 )
-from course_utils.quantizers.grid import (
+from course_utils.grids.observers import OBSERVERS, MinMax, mse_range, percentile_range
+from course_utils.grids.uniform import (
     check_settings,
     code_range,
     dequantize,
@@ -29,7 +28,7 @@ from course_utils.quantizers.grid import (
     scale_and_zero_point,
     stored_scale,
 )
-from course_utils.quantizers.observers import OBSERVERS, MinMax, mse_range, percentile_range
+from course_utils.kernels import int8_matmul_zero_points, pack, unpack
 
 INPUT_RANGE = code_range(8, signed=True)
 
@@ -96,7 +95,6 @@ class AffineWeight(QuantizedWeight):
         return dequantize(groups, self.scale[..., None], self.zero_points()[..., None]).flatten(1)
 
 
-@register
 @dataclass(frozen=True)
 class Affine(Method):
     """Round-to-nearest: each weight gets the nearest value of its group's grid.

@@ -8,23 +8,22 @@ of llm-compressor. Two grids differ: GPTQModel's symmetric one of a group withou
 `GPTQ`), and llm-compressor's of a group of zeros.
 """
 
-import warnings
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from course_utils.quantizers.affine import AffineWeight
-from course_utils.quantizers.base import (
+from course_utils.compression.base import (
     Method,
-    all_finite,
     check_switches,
     check_weight,
     dequantized_linear,
-    register,
 )
-from course_utils.quantizers.grid import (
+from course_utils.compression.compensation import compensate
+from course_utils.compression.hessian import Hessian, check_hessian, inverse_factor
+from course_utils.grids.uniform import (
     check_settings,
     code_range,
     dequantize,
@@ -32,78 +31,7 @@ from course_utils.quantizers.grid import (
     scale_and_zero_point,
     stored_scale,
 )
-
-STRIP = 192  # rows of the Hessian that are added to at once: small ones leave out more of its upper half
-
-
-class Hessian:
-    """H = 2/n sum x x^T over all n tokens x of a layer's inputs: of |W x - Q x|^2, in any row of W.
-
-    Summed up in float64, the half below the diagonal only, since H is symmetric. The factor 2/n
-    changes no code (unless some features are dead: the diagonal of those becomes 1, whatever the
-    others are, as in the authors' code).
-    """
-
-    def __init__(self, in_features: int, device: torch.device | str = "cpu"):
-        self.tokens = self.batches = self._complete = 0
-        self._sum = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
-
-    def update(self, x: Tensor) -> None:
-        """Take in a batch of inputs `x` `[tokens, in]`; ValueError if some are NaN or infinite."""
-        self.batches += 1
-        if not all_finite(x):
-            raise ValueError(
-                f"calibration batch {self.batches}: {int((~x.isfinite()).sum())} of {x.numel()} "
-                f"inputs are NaN or infinite in {x.dtype}. Repair the checkpoint, or load the model "
-                "in a wider dtype."
-            )
-        x = x.double()
-        for start in range(0, x.shape[1], STRIP):
-            stop = start + STRIP
-            self._sum[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
-        self.tokens += len(x)
-
-    def matrix(self) -> Tensor:
-        """The Hessian (float64 `[in, in]`).
-
-        Raises ValueError if there were no inputs, or none but zeros. Warns of fewer tokens than
-        features: H is singular then, and what the calibration does not show, damping alone decides.
-        """
-        features = len(self._sum)
-        if not self.tokens:
-            raise ValueError(
-                "the Hessian has seen no inputs: the calibration is empty, or the layer never ran. Give more "
-                "calibration, or leave the layer out"
-            )
-        if not self._sum.diagonal().any():
-            raise ValueError(
-                f"all {self.tokens} calibration inputs are zero: nothing tells which weights "
-                "matter. Look for what blocks the layer's inputs, or leave the layer out"
-            )
-        if self.tokens < features:
-            warnings.warn(
-                f"the Hessian of {features} features comes from {self.tokens} calibration tokens "
-                "only, so it is singular and rests on its damping: give at least "
-                f"{features} tokens, better 10 times as many",
-                stacklevel=2,
-            )
-        return self._symmetric_sum() * (2 / self.tokens)
-
-    def relative_error(self, weight: Tensor, approximation: Tensor) -> float:
-        """|x W^T - x Q^T|^2 / |x W^T|^2 over all tokens seen: tr(dW H dW^T) / tr(W H W^T).
-
-        Multiplied in float32: this is for reports.
-        """
-        H = self._symmetric_sum().float()
-        error, power = (((m @ H) * m).sum().item() for m in (weight - approximation, weight))
-        return error / power if power else 0.0
-
-    def _symmetric_sum(self) -> Tensor:
-        """The sum, with its upper half filled in if batches came since that was done."""
-        if self._complete != self.tokens:
-            self._sum.tril_().add_(self._sum.tril(-1).T)
-            self._complete = self.tokens
-        return self._sum
+from course_utils.quantizers.affine import AffineWeight
 
 
 class GPTQCodes(NamedTuple):
@@ -114,33 +42,6 @@ class GPTQCodes(NamedTuple):
     zero_point: Tensor  # int32 [out, groups]
     group_index: Tensor  # int32 [in]: the group of each column
     losses: Tensor  # [out, in], in the Hessian's dtype: what each rounding adds to the objective
-
-
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor U of the damped Hessian's inverse: H^-1 = U^T U, `[in, in]`.
-
-    Damping adds `damping` times the mean of the diagonal to the diagonal (0.01 in the paper). Row k
-    of U holds all that column k needs: U[k, k]^2 and U[k, k:] U[k, k] are the head and the first row
-    of the inverse of H[k:, k:], the Hessian of the columns that are still float.
-
-    The authors invert H, and factorize the inverse. The same U is the inverse of the upper R with
-    H = R R^T: one Cholesky factorization, from the last column to the first, instead of two.
-
-    Raises ValueError if the damped Hessian is not positive definite in its dtype.
-    """
-    damped = hessian.flip(0, 1)
-    damped.diagonal().add_(damping * hessian.diagonal().mean())
-    lower, failed = torch.linalg.cholesky_ex(damped)  # R with its rows and columns turned round
-    del damped
-    if not failed:
-        eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-        U = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
-    if failed or not U.isfinite().all():
-        raise ValueError(
-            f"the Hessian {tuple(hessian.shape)} with damping {damping} is not positive definite in "
-            f"{hessian.dtype}: raise the damping (the paper's is 0.01), or give more calibration tokens"
-        )
-    return U
 
 
 @torch.no_grad()
@@ -172,68 +73,62 @@ def gptq_codes(
     """
     check_weight(weight)
     columns = weight.shape[1]
-    _check_hessian(hessian, columns)
+    check_hessian(hessian, columns)
     size = group_width(group_size, columns)
     low, high = code_range(n_bits)
+    find = partial(_grids, low=low, high=high, symmetric=symmetric, scale_dtype=scale_dtype)
 
-    def grids(groups: Tensor) -> tuple[Tensor, Tensor]:
-        return _grids(groups, low, high, symmetric, scale_dtype)
-
-    # Columns of the weight are rows of W here, so that each lies in one piece of memory.
-    W = weight.T.to(hessian.dtype, copy=True, memory_format=torch.contiguous_format)
     H = hessian.clone()
-    groups = W.unflatten(0, (-1, size))  # a view [groups, size, out]
     dead = H.diagonal() == 0
     H.diagonal()[dead] = 1
-    dynamic = not (static_groups or group_size == "row")
-    if group_size == "row":
-        scale, zero_point = grids(groups)  # with the weights of dead features, as the authors do
-    W[dead] = 0
-    if static_groups and group_size != "row":
-        scale, zero_point = grids(groups)
-    if dynamic:  # the loop finds them
-        scale = W.new_empty(len(groups), W.shape[1], dtype=getattr(torch, scale_dtype))
-        zero_point = torch.empty_like(scale, dtype=torch.int32)
+    # [out, in] as in the paper, each column in one piece of memory
+    W = weight.T.to(H.dtype, copy=True, memory_format=torch.contiguous_format).T
+    first_columns = ()  # those at which the loop finds a grid
+    known = (
+        find(W[:, None]) if group_size == "row" else None
+    )  # with dead weights, as the authors do
+    W[:, dead] = 0
+    if static_groups and known is None:
+        known = find(W.unflatten(1, (-1, size)))
 
     order = torch.arange(columns, device=W.device)
-    group_at = order // size
+    group_of = order // size  # [in]: the group of each column in the loop
     if act_order:
         order = H.diagonal().argsort(descending=True, stable=True)
-        W, H = W[order], H[order][:, order]
-        if not dynamic:
-            group_at = order // size
+        W, H = W.T[order].T, H[order][:, order]
+        group_of = group_of if known is None else order // size
     U = inverse_factor(H, damping)
 
-    codes = torch.empty_like(W, dtype=torch.uint8)
-    losses = torch.empty_like(W)
-    of_column, pivots = group_at.tolist(), U.diagonal().tolist()
+    if known is None:
+        empty = W.new_empty(len(W), columns // size, dtype=getattr(torch, scale_dtype))
+        known = empty, torch.empty_like(empty, dtype=torch.int32)
+        first_columns = range(0, columns, size)
+    scale, zero_point = known  # [out, groups]
     S, Z = scale.to(W.dtype), zero_point.to(W.dtype)
-    for start in range(0, columns, block_size):
-        stop = min(start + block_size, columns)
-        block = W[start:stop].clone()  # follows every column; W itself waits for the block's end
-        errors = torch.zeros_like(block)
-        for i, column in enumerate(range(start, stop)):
-            g = of_column[column]
-            if dynamic and column % size == 0:
-                group = W[column : column + size]
-                if current_groups:
-                    group = group - U[start:column, column : column + size].T @ errors[:i]
-                scale[g], zero_point[g] = grids(group)
-                S[g], Z[g] = scale[g], zero_point[g]
-            q = ((block[i] / S[g]).round_().add_(Z[g])).clamp_(low, high)
-            codes[column] = q
-            torch.sub(block[i], q.sub_(Z[g]).mul_(S[g]), out=errors[i]).div_(pivots[column])
-            block[i + 1 :].addr_(U[column, column + 1 : stop], errors[i], alpha=-1)
-        losses[start:stop] = errors.square() / 2
-        W[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
+    codes, groups = torch.empty_like(W, dtype=torch.uint8), group_of.tolist()
+
+    def nearest(i: int, w: Tensor, pending: Tensor) -> Tensor:
+        """Column i, `w` `[out, 1]`, on the grid of its group, which the group's first column may find."""
+        g = groups[i]
+        if i in first_columns:
+            group = W[:, i : i + size]
+            if current_groups:
+                group = group - pending @ U[i - pending.shape[1] : i, i : i + size]
+            scale[:, g], zero_point[:, g] = find(group)
+            S[:, g], Z[:, g] = scale[:, g], zero_point[:, g]
+        q = (w / S[:, g, None]).round_().add_(Z[:, g, None]).clamp_(low, high)
+        codes[:, i : i + 1] = q
+        return q.sub_(Z[:, g, None]).mul_(S[:, g, None])
+
+    errors = compensate(W, U, nearest, block_size=block_size)
 
     back = order.argsort()
     return GPTQCodes(
-        codes[back].T.contiguous(),
-        scale.T.contiguous(),
-        zero_point.T.contiguous(),
-        group_at[back].int(),
-        losses[back].T,
+        codes[:, back].contiguous(),
+        scale,
+        zero_point,
+        group_of[back].int(),
+        errors[:, back].square() / 2,
     )
 
 
@@ -251,7 +146,6 @@ class GPTQWeight(AffineWeight):
         return dequantize(self.integer_codes(), scale, zero_point)
 
 
-@register
 @dataclass(frozen=True)
 class GPTQ(Method):
     """GPTQ on the Hessian of each layer's inputs, which come from the quantized blocks before.
@@ -331,25 +225,12 @@ class GPTQ(Method):
 def _grids(
     groups: Tensor, low: int, high: int, symmetric: bool, scale_dtype: str
 ) -> tuple[Tensor, Tensor]:
-    """Scale, as it is stored, and zero point of each of `groups` `[..., weights, out]`, both `[..., out]`.
+    """Scale, as it is stored, and zero point of each of `groups` `[out, ..., weights]`, both `[out, ...]`.
 
     A group of zeros gets the range -1..1, as in the authors' code.
     """
-    minimum, maximum = groups.aminmax(dim=-2)
+    minimum, maximum = groups.aminmax(dim=-1)
     empty = (minimum == 0) & (maximum == 0)
     minimum, maximum = minimum.where(~empty, -1), maximum.where(~empty, 1)
     scale, zero_point = scale_and_zero_point(minimum, maximum, low, high, symmetric=symmetric)
     return stored_scale(scale, scale_dtype), zero_point
-
-
-def _check_hessian(hessian: Tensor, columns: int) -> None:
-    if hessian.shape != (columns, columns) or not hessian.is_floating_point():
-        raise ValueError(
-            f"the Hessian of a weight with {columns} columns is float [{columns}, {columns}], "
-            f"got {hessian.dtype} {tuple(hessian.shape)}"
-        )
-    if not hessian.isfinite().all():
-        raise ValueError(
-            f"{int((~hessian.isfinite()).sum())} of {hessian.numel()} entries of the Hessian are NaN "
-            "or infinite: look for such values in the calibration's activations"
-        )

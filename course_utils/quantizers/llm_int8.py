@@ -11,8 +11,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from course_utils.compression.base import Method, QuantizedWeight, check_weight
 from course_utils.kernels import int8_matmul
-from course_utils.quantizers.base import Method, QuantizedWeight, check_weight, register
 
 
 def vectorwise_quantize(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,11 +40,12 @@ def vectorwise_quantize(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tens
 
 @dataclass(frozen=True)
 class Int8Weight(QuantizedWeight):
-    """Row-wise int8 codes; `original` holds the float16 weight too in the paper's form."""
+    """Row-wise int8 codes; with them what LLM.int8() and SmoothQuant may store besides."""
 
     codes: Tensor  # int8 [out, in]
     absmax: Tensor  # float32 [out]
-    original: Tensor | None = None  # float16 [out, in]
+    original: Tensor | None = None  # float16 [out, in]: LLM.int8() in the paper's form
+    input_absmax: Tensor | None = None  # float32 []: SmoothQuant's one scale for all inputs
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,7 +56,16 @@ class Int8Weight(QuantizedWeight):
         return self.codes[:, columns].float() * self.absmax[:, None] * (1 / 127)
 
 
-@register
+def int8_linear(codes: Tensor, absmax: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+    """The integer product of inputs and weight, times both scales, plus bias; float32 `[tokens, out]`.
+
+    The inputs are `codes` (int8 `[tokens, in]`) with the `absmax` (float32 `[tokens]`) of each token.
+    """
+    product = int8_matmul(codes, weight.codes)  # int32 [tokens, out]
+    y = product * (absmax[:, None] * weight.absmax) * (1 / 127**2)
+    return y if bias is None else y + bias
+
+
 @dataclass(frozen=True)
 class LLMInt8(Method):
     """LLM.int8() and, with `threshold=0`, plain vector-wise int8.
@@ -101,10 +111,7 @@ class LLMInt8(Method):
         infinite, as in a float layer.
         """
         codes, absmax, outliers = vectorwise_quantize(x, self.threshold)
-        product = int8_matmul(codes, weight.codes)  # int32 [tokens, out]
-        y = product * (absmax[:, None] * weight.absmax) * (1 / 127**2)
-        if bias is not None:
-            y += bias
+        y = int8_linear(codes, absmax, weight, bias)
         if len(outliers):
             if weight.original is None:
                 columns = weight.dequantize(outliers)

@@ -13,12 +13,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from course_utils.kernels import int8_matmul
+from course_utils.compression.base import Method, check_weight
+from course_utils.compression.driver import gather
 from course_utils.models.structure import norm_groups
 from course_utils.models.walk import BlockInputs, LinearLayer
-from course_utils.quantizers.base import Method, QuantizedWeight, check_weight, register
-from course_utils.quantizers.driver import gather
-from course_utils.quantizers.llm_int8 import vectorwise_quantize
+from course_utils.quantizers.llm_int8 import Int8Weight, int8_linear, vectorwise_quantize
 
 SMALLEST = 1e-5  # the authors' lower bound of a weight's maximum, and of a factor
 
@@ -48,24 +47,6 @@ def smoothing_factors(x_max: Tensor, w_max: Tensor, alpha: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SmoothQuantWeight(QuantizedWeight):
-    """Row-wise int8 codes of a smoothed weight; `input_absmax` if inputs have one scale for all."""
-
-    codes: Tensor  # int8 [out, in]
-    absmax: Tensor  # float32 [out]
-    input_absmax: Tensor | None = None  # float32, 0-d
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return tuple(self.codes.shape)
-
-    def dequantize(self) -> Tensor:
-        """The smoothed weight in float32: code * absmax / 127."""
-        return self.codes.float() * self.absmax[:, None] / 127
-
-
-@register
-@dataclass(frozen=True)
 class SmoothQuant(Method):
     """Smoothing, then int8: weights by the absmax of each row, inputs as `inputs` says.
 
@@ -78,7 +59,7 @@ class SmoothQuant(Method):
     alpha: float = 0.5
     inputs: Literal["per_token", "static"] = "per_token"
     name: ClassVar[str] = "smoothquant"
-    weight_type: ClassVar[type] = SmoothQuantWeight
+    weight_type: ClassVar[type] = Int8Weight
     prefix: ClassVar[Literal["quantized", "float"]] = "float"
 
     def __post_init__(self):
@@ -108,31 +89,26 @@ class SmoothQuant(Method):
         """The inputs' maxima, for their static scale."""
         return FeatureMaxima(in_features, device) if self.inputs == "static" else None
 
-    def quantize(
-        self, weight: Tensor, statistics: FeatureMaxima | None = None
-    ) -> SmoothQuantWeight:
+    def quantize(self, weight: Tensor, statistics: FeatureMaxima | None = None) -> Int8Weight:
         """Codes of each row of a smoothed `weight` `[out, in]`, rounded half to even, -127..127."""
         check_weight(weight)
         codes, absmax, _ = vectorwise_quantize(weight)
         if self.inputs == "per_token":
-            return SmoothQuantWeight(codes, absmax)
+            return Int8Weight(codes, absmax)
         if statistics is None:
             raise ValueError(
                 "inputs='static' needs the statistics of the layer's inputs: give quantize_model some "
                 "calibration, or use inputs='per_token'"
             )
-        return SmoothQuantWeight(codes, absmax, statistics.maxima.amax())
+        return Int8Weight(codes, absmax, input_absmax=statistics.maxima.amax())
 
-    def linear(self, x: Tensor, weight: SmoothQuantWeight, bias: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
         """The integer product, times the two scales. A NaN or infinity in a row of `x` makes it NaN."""
         if weight.input_absmax is None:
             codes, absmax, _ = vectorwise_quantize(x)
         else:
             codes, absmax = _static_codes(x, weight.input_absmax)
-        y = int8_matmul(codes, weight.codes) * (absmax[:, None] * weight.absmax) / 127**2
-        if bias is not None:
-            y += bias
-        return y.to(x.dtype)
+        return int8_linear(codes, absmax, weight, bias).to(x.dtype)
 
 
 def _static_codes(x: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,178 @@
+"""Quantizing a whole model."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.std import tqdm
+
+from course_utils.compression.base import LayerReport, Method, check_weight
+from course_utils.compression.driver import naming, quantize_blocks, quantize_layer
+from course_utils.compression.saving import mark_quantized
+from course_utils.models.walk import linear_layers, replace_module
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `quantize_model` did."""
+
+    method: Method | Mapping[str, Method]
+    layers: list[LayerReport]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all quantized weights."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights quantized."""
+        return sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Measured bits per quantized weight, over all layers."""
+        return 8 * self.nbytes / self.weights
+
+    @property
+    def seconds(self) -> float:
+        return sum(layer.seconds for layer in self.layers)
+
+    def __str__(self) -> str:
+        method = self.method
+        if isinstance(method, Mapping):
+            method = ", ".join(f"{n} x {m}" for m, n in Counter(method.values()).items())
+        errors = [layer.output_error for layer in self.layers if layer.output_error is not None]
+        output = f", output error up to {max(errors):.1e}" if errors else ""
+        return (
+            f"{method}: {len(self.layers)} layers, {self.weights:,} weights in {self.nbytes:,} bytes "
+            f"= {self.bits_per_weight:.3f} bits per weight{output}, {self.seconds:.1f} s"
+        )
+
+
+@torch.no_grad()
+def quantize_model(
+    model: nn.Module,
+    method: Method | Mapping[str, Method],
+    *,
+    calibration: Tensor | None = None,
+    checkpoint: Path | str | None = None,
+    progress: bool = False,
+) -> Report:
+    """Replace the linear layers of `model`, in place, by `QuantizedLinear`; returns the report.
+
+    All of them by one `method`, or those that a mapping names, each by its own; layers that it does not
+    name stay float, and so do embeddings and LM head. With `calibration` `[sequences, length]` token
+    ids, layers are quantized block by block (`driver.quantize_blocks`), and the report holds each
+    layer's relative output error. Each block that is finished goes into the folder `checkpoint` if one is
+    given, and the same call takes those that it holds from there: it goes on where it was stopped. The
+    result is saved by `model.save_pretrained` and loaded by
+    `from_pretrained`, packed.
+
+    Raises `ValueError` or `TypeError` for weights that no method takes or that its settings do not fit
+    (groups that do not divide the columns), for calibration that the model cannot read, for names that
+    are no float linear layer of the model, for a layer that stands in two places, and for a method that
+    looks at inputs without calibration; the model is whole then. Should something be wrong first in a
+    later block (NaN in its inputs), the blocks before are quantized already: load the model again.
+    """
+    methods = _by_layer(model, method)
+    if checkpoint is not None and calibration is None:
+        raise ValueError(
+            f"checkpoint {str(checkpoint)!r} without calibration: blocks are kept one by one only where "
+            "the model is walked block by block. Give calibration= too, or leave checkpoint out."
+        )
+    if calibration is None:
+        reports = _quantize_layers(model, methods, progress=progress)
+    else:
+        _check_calibration(model, calibration)
+        folder = None if checkpoint is None else Path(checkpoint)
+        reports = quantize_blocks(model, methods, calibration, checkpoint=folder, progress=progress)
+    mark_quantized(model)
+    return Report(method, reports)
+
+
+def _by_layer(model: nn.Module, method: Method | Mapping[str, Method]) -> Mapping[str, Method]:
+    """The method of each layer that is to be quantized, by its name; their weights are sound."""
+    layers = {layer.name: layer for layer in linear_layers(model)}
+    if not layers:
+        raise ValueError("the model has no float linear layer left: is it quantized already?")
+    methods = dict.fromkeys(layers, method) if isinstance(method, Method) else method
+    if not methods:
+        raise ValueError("the mapping of layers to methods is empty: name at least one layer.")
+    names = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for name, chosen in methods.items():
+        if head is not None and name in names.get(head, ()):
+            raise ValueError(
+                f"{name} is the LM head, which stays float as in the methods' papers, and in many models is "
+                "the embedding as well: leave it out of the mapping."
+            )
+        if name not in layers:
+            near = get_close_matches(name, layers, cutoff=0)
+            raise ValueError(
+                f"the model has no float linear layer {name!r}. Near are {', '.join(near)}; "
+                "linear_layers(model) lists all."
+            )
+        if not isinstance(chosen, Method):
+            raise TypeError(f"layer {name} is mapped to {chosen!r}, which is no method.")
+        if len(shared := names[layers[name].module]) > 1:
+            raise ValueError(
+                f"{' and '.join(shared)} are one module: only the first would be quantized. Give each place "
+                "a copy of its own, or take a mapping that does not name it."
+            )
+        with naming(f"layer {name}"):
+            check_weight(layers[name].weight)
+            chosen.check_shape(*layers[name].weight.shape)
+    return methods
+
+
+def _quantize_layers(
+    model: nn.Module, methods: Mapping[str, Method], *, progress: bool
+) -> list[LayerReport]:
+    """Replace the layers without looking at any inputs; all of them, or none if one is refused."""
+    for name, method in methods.items():
+        if method.needs_calibration:
+            raise ValueError(
+                f"layer {name}: {method} looks at the layer's inputs. Give quantize_model "
+                "calibration=calibration_tokens(tokenizer, sequences, length)."
+            )
+    layers = [layer for layer in linear_layers(model) if layer.name in methods]
+    quantized = [
+        quantize_layer(layer, methods[layer.name])
+        for layer in tqdm(layers, disable=not progress, desc="layers")
+    ]
+    for module, report in quantized:
+        replace_module(model, report.name, module)
+    return [report for _, report in quantized]
+
+
+def _check_calibration(model: nn.Module, calibration: Tensor) -> None:
+    if calibration.ndim != 2 or calibration.numel() == 0 or calibration.is_floating_point():
+        raise ValueError(
+            "calibration is [sequences, length] token ids, "
+            f"got {calibration.dtype} {tuple(calibration.shape)}"
+        )
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if positions is not None and calibration.shape[1] > positions:
+        raise ValueError(
+            f"calibration sequences of {calibration.shape[1]} tokens, but the model has {positions} "
+            "positions: cut shorter ones."
+        )
+    if hasattr(model, "get_input_embeddings"):
+        known = model.get_input_embeddings().num_embeddings
+        bad = calibration[(calibration < 0) | (calibration >= known)]
+        if len(bad):
+            raise ValueError(
+                f"token id {bad[0].item()} in the calibration, but the model has ids 0 to {known - 1}: "
+                "take its own tokenizer."
+            )
+    if model.training:
+        raise ValueError(
+            "the model is in training mode, whose dropout would be calibrated on: call model.eval()."
+        )

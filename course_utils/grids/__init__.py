@@ -1,0 +1,1 @@
+"""What codes stand for: uniform grids, the observers that find their ranges, fake quantization."""

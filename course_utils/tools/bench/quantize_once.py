@@ -1,0 +1,74 @@
+"""Quantize a model once, in this process, and say what it took: a run of `course bench quantize`.
+
+`python -m course_utils.tools.bench.quantize_once FOLDER SETTINGS OUT`. FOLDER holds a float model with its
+tokenizer, as `save_pretrained` writes them, and the calibration in `calibration.safetensors`. SETTINGS
+are the method's name and fields, as JSON. The folder OUT gets the quantized model, and in
+`measured.json` what was measured. The scripts of libraries, `tools/oracles/LIBRARY/model/METHOD.py`, are
+called alike.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from course_utils.compression import get_method, quantize_model
+from course_utils.models import load_model
+
+
+def main(folder: Path, settings: dict, out: Path) -> None:
+    method = get_method(**settings)
+    model, tokenizer = load_model(str(folder))
+    calibration = load_file(folder / "calibration.safetensors")["tokens"]
+    for tensor in model.state_dict().values():
+        tensor.sum()  # read every page: files are mapped into memory lazily
+    loaded = psutil.Process().memory_info().rss
+    forget_peak()
+
+    start = time.perf_counter()
+    report = quantize_model(
+        model, method, calibration=calibration if method.needs_calibration else None
+    )
+    seconds = time.perf_counter() - start
+    measured = {
+        "seconds": seconds,
+        "loaded_bytes": loaded,
+        "peak_bytes": peak_bytes(),
+        "bits_per_weight": report.bits_per_weight,
+        "versions": {"torch": torch.__version__},
+    }
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "measured.json").write_text(json.dumps(measured), "utf-8")
+
+
+def forget_peak() -> None:
+    """Let `peak_bytes` count from here on, without what loading took. On Linux; elsewhere nothing can."""
+    if sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM: see proc(5)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process held at any time, or since `forget_peak`.
+
+    On Linux not getrusage's, which begins with what the process that started this one held.
+    """
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text("utf-8")
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3]))
+    except ValueError as error:  # the last line of what it printed is the reason, then
+        sys.exit(str(error))

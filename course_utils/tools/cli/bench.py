@@ -1,0 +1,50 @@
+"""Benchmarks: `course bench`."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from course_utils.tools.cli.shared import choose_runs
+
+app = typer.Typer(no_args_is_help=True, help="Benchmarks, never run as tests.")
+
+
+@app.callback()
+def bench() -> None:
+    """Benchmarks, never run as tests: their seconds are this machine's, at this moment."""
+
+
+@app.command("quantize")
+def bench_quantize(
+    methods: Annotated[
+        list[str] | None,
+        typer.Argument(help="With settings, as `gptq:n_bits=4,group_size=64`. Default: that."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="As `load_model` knows it.")] = "course-lm",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each, in turns.")] = 3,
+    sequences: Annotated[int, typer.Option(help="Of the calibration.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence, and window.")] = 256,
+    evaluated: Annotated[int, typer.Option(help="Tokens of the perplexity; 0: none.")] = 8192,
+    threads: Annotated[int | None, typer.Option(help="Default: as torch chooses.")] = None,
+) -> None:
+    """Quantize a whole model with methods by name, beside the libraries of `course oracles`.
+
+    Time, memory, bits and perplexity, in one table; `course results accept --profile bench` takes them over.
+    Examples: `course bench quantize`;
+    `course bench quantize affine gptq:group_size=64 --model smollm2-135m-dithered --length 512`.
+    """
+    import torch
+    from rich.console import Console
+
+    from course_utils.tools.bench.quantize import Protocol, bench
+
+    root = choose_runs("bench")
+    threads = threads or torch.get_num_threads()
+    protocol = Protocol(sequences, length, evaluated, repeats, threads)
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a file has no width of its own
+    for line in bench(root, methods or ["gptq:n_bits=4,group_size=64"], model, protocol):
+        if isinstance(line, str):
+            typer.echo(line)
+        else:
+            console.print(line)

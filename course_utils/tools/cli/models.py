@@ -1,0 +1,46 @@
+"""Commands on the models that the course trains: train-lm, lm-report."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from course_utils.tools import CourseError
+from course_utils.tools.cli.shared import choose_runs
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.command()
+def train_lm(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoint and result.")] = Path(
+        "runs/course-lm"
+    ),
+) -> None:
+    """Train course-lm, the model inside the package: about 2 hours on two CPU cores.
+
+    Goes on from its checkpoint when interrupted. Example: `course train-lm --out runs/course-lm`.
+    """
+    from course_utils.training.course_lm import train_course_lm
+
+    train_course_lm(out)
+
+
+@app.command()
+def lm_report(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder that `course train-lm` wrote a finished model to.")
+    ] = Path("runs/course-lm"),
+) -> None:
+    """Measure a trained course-lm against an n-gram baseline, and write its model card.
+
+    Takes some minutes. Example: `course lm-report runs/course-lm`.
+    """
+    from course_utils.tools.site.model_card import report
+
+    choose_runs("report")
+    try:
+        report(folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise CourseError(str(error)) from error
+    typer.echo(f"Wrote {folder / 'README.md'}. Next: `course results accept --profile report`.")

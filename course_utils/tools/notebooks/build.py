@@ -1,0 +1,72 @@
+"""Building the committed notebooks from their scripts."""
+
+import nbformat
+from nbformat import NotebookNode
+
+from course_utils.files import replacing
+from course_utils.tools.notebooks.execute import execute
+from course_utils.tools.notebooks.pairs import Notebook, from_script, tags
+from course_utils.tools.notebooks.stamps import stamp, versions
+from course_utils.tools.notebooks.standard_cells import write_standard_cells
+
+PROFILE = "cpu"  # the profile whose outputs are committed
+WIDGETS = "application/vnd.jupyter.widget-view+json"
+
+
+def build(notebook: Notebook, *, force: bool = False) -> bool:
+    """Write the standard cells into the script, then the executed notebook beside it.
+
+    Returns whether it was built: a notebook whose stamp is that of today is left alone unless
+    `force`. Raises `NotebookFailed`, and then leaves the notebook as it was.
+    """
+    script = notebook.script.read_text(encoding="utf-8")
+    standard = write_standard_cells(script, notebook.name)
+    if standard != script:
+        notebook.script.write_text(standard, encoding="utf-8", newline="\n")
+    today = stamp(notebook)
+    if not force and notebook.ipynb.exists() and built_from(read(notebook)) == today:
+        return False
+    runs = notebook.root / "runs" / PROFILE
+    out = runs / f"{notebook.name}.ipynb"
+    nb = execute(from_script(notebook), notebook.name, out, profile=PROFILE, runs=runs)
+    nb = canonical(nb)
+    nb.metadata["course"] = {"profile": PROFILE, **today, "versions": versions()}
+    nbformat.validate(nb)
+    with replacing(notebook.ipynb) as partial:
+        partial.write_text(nbformat.writes(nb) + "\n", encoding="utf-8", newline="\n")
+    return True
+
+
+def read(notebook: Notebook) -> NotebookNode:
+    """The committed notebook."""
+    return nbformat.read(notebook.ipynb, as_version=4)
+
+
+def built_from(nb: NotebookNode) -> dict[str, str]:
+    """The stamp that a built notebook carries; empty if it was not built by `build`."""
+    course = nb.metadata.get("course", {})
+    return {key: course[key] for key in ("script", "package") if key in course}
+
+
+def canonical(nb: NotebookNode) -> NotebookNode:
+    """An executed notebook without what differs from run to run though the outputs do not.
+
+    Leaves out papermill's and Jupyter's times, and the state of widgets, over which GitHub refuses
+    to show a notebook. Cells are numbered by order.
+    """
+    nb.metadata = nbformat.from_dict({"kernelspec": nb.metadata["kernelspec"]})
+    nb.metadata["language_info"] = {"name": "python"}
+    count = 0
+    for cell in nb.cells:
+        found = tags(cell)
+        cell.metadata = nbformat.from_dict({"tags": found} if found else {})
+        if cell.cell_type != "code":
+            continue
+        if cell.execution_count is not None:
+            count += 1
+            cell.execution_count = count
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output.execution_count = count
+            output.get("data", {}).pop(WIDGETS, None)
+    return nb

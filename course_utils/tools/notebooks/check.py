@@ -1,0 +1,126 @@
+"""Whether scripts, committed notebooks, package and references agree. Runs nothing."""
+
+from nbformat import NotebookNode
+
+from course_utils import references
+from course_utils.tools.notebooks.build import PROFILE, WIDGETS, built_from, read
+from course_utils.tools.notebooks.execute import shell_lines
+from course_utils.tools.notebooks.exercises import exercise_problems
+from course_utils.tools.notebooks.pairs import Notebook, from_script, tagged, tags
+from course_utils.tools.notebooks.stamps import stamp
+from course_utils.tools.notebooks.standard_cells import SETUP, badge
+
+MAX_LINES, MAX_LINES_EXERCISE, MAX_COLUMNS = 26, 40, 88  # lines that are not blank
+MAX_BYTES = 1_000_000  # GitHub shows no larger notebook
+
+
+def check(notebook: Notebook) -> list[str]:
+    """What is wrong with a notebook, one sentence each with its remedy; empty if nothing is."""
+    nb = from_script(notebook)
+    problems = _standard_cell_problems(nb, notebook)
+    problems += _code_problems(nb)
+    problems += exercise_problems(nb)
+    problems += _citation_problems(nb, notebook)
+    if not notebook.ipynb.exists():
+        problems.append(f"it was never built: run `course build {notebook.name}`")
+    else:
+        problems += _built_problems(nb, notebook)
+    return [f"{notebook.name}: {problem}" for problem in problems]
+
+
+def _standard_cell_problems(nb: NotebookNode, notebook: Notebook) -> list[str]:
+    remedy = f"run `course build {notebook.name}`"
+    problems = []
+    for tag in ("badge", "setup", "parameters"):
+        if len(tagged(nb, tag)) != 1:
+            problems.append(f"{len(tagged(nb, tag))} cells are tagged `{tag}`: there is to be one")
+    if "badge" not in tags(nb.cells[0]):
+        problems.append("the first cell is not the one tagged `badge`")
+    for cell in tagged(nb, "badge"):
+        if cell.source.splitlines()[:1] != [badge(notebook.name)]:
+            problems.append(f"the badge is not this notebook's: {remedy}")
+    for cell in tagged(nb, "setup"):
+        if cell.source != SETUP.rstrip("\n"):
+            problems.append(f"the set-up cell is not the standard one: {remedy}")
+    return problems
+
+
+def _code_problems(nb: NotebookNode) -> list[str]:
+    problems = []
+    for number, cell in enumerate(nb.cells, 1):
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        if cell.cell_type != "code" or "setup" in tags(cell):
+            continue
+        exercise = any(tag.startswith("exercise") for tag in tags(cell))
+        limit = MAX_LINES_EXERCISE if exercise else MAX_LINES
+        if len(lines) > limit:
+            problems.append(f"cell {number} has {len(lines)} lines, at most {limit}: split it")
+        problems += [
+            f"cell {number} has a line of {len(line)} columns, at most {MAX_COLUMNS}: {line.strip()}"
+            for line in lines
+            if len(line) > MAX_COLUMNS
+        ]
+    problems += [
+        f"cell {number}: {line} passes when the command fails; use subprocess.run(check=True)"
+        for number, line in shell_lines(nb)
+    ]
+    return problems
+
+
+def _citation_problems(nb: NotebookNode, notebook: Notebook) -> list[str]:
+    cited = [
+        (number, key)
+        for number, cell in enumerate(nb.cells, 1)
+        for key in references.cited(cell.source)
+    ]
+    known = references.load(notebook.root) if cited else {}
+    return [
+        f"cell {number} cites @{key}, which docs/references.bib does not have"
+        for number, key in cited
+        if key not in known
+    ]
+
+
+def _built_problems(nb: NotebookNode, notebook: Notebook) -> list[str]:
+    built = read(notebook)
+    remedy = f"run `course build {notebook.name}`"
+    problems = []
+    then, now = built_from(built), stamp(notebook)
+    if not then:
+        problems.append(f"the notebook carries no stamp: {remedy}")
+    else:
+        problems += [
+            f"the {source} changed after the build: {remedy}"
+            for source in now
+            if then.get(source) != now[source]
+        ]
+    if built.metadata.get("course", {}).get("profile") != PROFILE:
+        problems.append(f"its outputs are not those of the profile {PROFILE}: {remedy}")
+    if [_content(cell) for cell in built.cells] != [_content(cell) for cell in nb.cells]:
+        problems.append(f"its cells are not those of the script: edit the script, then {remedy}")
+    size = notebook.ipynb.stat().st_size
+    if size >= MAX_BYTES:
+        problems.append(f"the notebook has {size:,} bytes, at most {MAX_BYTES:,}: smaller figures")
+    problems += _output_problems(built)
+    return problems
+
+
+def _output_problems(built: NotebookNode) -> list[str]:
+    problems = []
+    if "widgets" in built.metadata:
+        problems.append("its metadata holds widgets, so GitHub will not show it: use tqdm.std")
+    for number, cell in enumerate(built.cells, 1):
+        if cell.cell_type != "code":
+            continue
+        if cell.source.strip() and cell.execution_count is None:
+            problems.append(f"cell {number} was not run")
+        for output in cell.outputs:
+            if output.output_type == "error":
+                problems.append(f"cell {number} ends in {output.ename}: {output.evalue}")
+            if WIDGETS in output.get("data", {}):
+                problems.append(f"cell {number} shows a widget, which only Jupyter can: print text")
+    return problems
+
+
+def _content(cell: NotebookNode) -> tuple:
+    return cell.id, cell.cell_type, cell.source, tags(cell)

@@ -1,0 +1,96 @@
+"""A whole model by llm-compressor's GPTQ: `python gptq.py FOLDER SETTINGS OUT`, in its environment.
+
+Called by `course bench quantize` as `course_utils/tools/bench/quantize_once.py` is. OUT gets the dequantized
+weight `[out, in]` of every linear layer, which is as far as `oneshot` goes (it packs when it saves), and
+in `measured.json` what was measured, or why it cannot do what is asked.
+"""
+
+import json
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def refusal(settings: dict, model: torch.nn.Module) -> str | None:
+    """What of the settings, or of the model, it does not have."""
+    if settings["group_size"] != "row" and not settings["static_groups"]:
+        return "all its groups are static: compare it with static_groups=True"
+    if settings["scale_dtype"] != "float32":
+        return "its scales are float32: compare it with scale_dtype=float32"
+    if not any(isinstance(m, torch.nn.Linear) for _, m in model.base_model.named_modules()):
+        return f"it finds no linear layers in {type(model).__name__}"
+
+
+def recipe(settings: dict) -> GPTQModifier:
+    """Its settings for those of the course."""
+    row = settings["group_size"] == "row"
+    weights = {
+        "num_bits": settings["n_bits"],
+        "type": "int",
+        "symmetric": settings["symmetric"],
+        "strategy": "channel" if row else "group",
+        "group_size": None if row else settings["group_size"],
+    }
+    return GPTQModifier(
+        config_groups={"all": {"targets": ["Linear"], "weights": weights}},
+        ignore=["lm_head"],
+        # Static groups in the order of the activations are its "static", and its default.
+        actorder="static" if settings["act_order"] else None,
+        block_size=settings["block_size"],
+        dampening_frac=settings["damping"],
+    )
+
+
+def peak_bytes() -> int:
+    """As in `quantize_once.py`, on Linux."""
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
+def main(folder: Path, settings: dict, out: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if reason := refusal(settings, model):
+        (out / "measured.json").write_text(json.dumps({"refused": reason}), "utf-8")
+        return
+    tokens = load_file(folder / "calibration.safetensors")["tokens"]
+    for tensor in model.state_dict().values():
+        tensor.sum()  # read every page: files are mapped into memory lazily
+    loaded = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5")  # so that the peak is not one of loading
+
+    rows = {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}
+    start = time.perf_counter()
+    oneshot(
+        model=model,
+        processor=AutoTokenizer.from_pretrained(folder),
+        dataset=Dataset.from_dict(rows),
+        recipe=recipe(settings),
+        num_calibration_samples=len(tokens),
+        max_seq_length=tokens.shape[1],
+        shuffle_calibration_samples=False,
+    )
+    seconds = time.perf_counter() - start
+    names = ("llmcompressor", "compressed-tensors", "torch", "transformers", "numpy")
+    measured = {
+        "seconds": seconds,
+        "loaded_bytes": loaded,
+        "peak_bytes": peak_bytes(),
+        "bits_per_weight": None,  # nothing is packed yet
+        "versions": {name: version(name) for name in names},
+    }
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "quantization_scheme")}
+    weights = {name: layer.weight.detach().contiguous() for name, layer in layers.items()}
+    save_file(weights, out / "weights.safetensors")
+    (out / "measured.json").write_text(json.dumps(measured), "utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3]))
