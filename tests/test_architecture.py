@@ -33,7 +33,7 @@ PARTS = {
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")
-    if path.stem != "__main__"
+    if path.stem != "__main__" and (path.parent / "__init__.py").is_file()  # no lone scripts
 )
 
 

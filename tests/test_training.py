@@ -20,11 +20,11 @@ import course_utils.training.loop as loop_module
 from course_utils import results
 from course_utils.data.batches import TrainingBatches
 from course_utils.data.corpora import Document
-from course_utils.evaluation import ngram as ngram_module
 from course_utils.models import load_model
 from course_utils.results import entries
+from course_utils.tools.site import model_card as report_module
+from course_utils.tools.site import ngram as ngram_module
 from course_utils.training import course_lm
-from course_utils.training import report as report_module
 from course_utils.training.loop import TrainConfig, next_token_loss, train
 
 CONTEXT = 8
