@@ -43,10 +43,12 @@ def sample(tmp_path: Path) -> Notebook:
         root / "pyproject.toml": "[project]\n",
         root / "docs" / "references.bib": "@misc{known2022,\n  title = {Known},\n}\n",
         package / "__init__.py": "",
-        package / "cache.py": "from course_utils.data import batches\n",
+        package / "cache.py": 'from course_utils.data import batches\nMODEL = "sample-lm"\n',
         package / "data" / "__init__.py": "",
+        package / "data" / "batches.py": "",
         package / "pruning.py": "",
-        package / "assets" / "weights.safetensors": "0",
+        package / "assets" / "sample-lm" / "model.safetensors": "0",
+        package / "assets" / "other-lm" / "model.safetensors": "0",
     }.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")

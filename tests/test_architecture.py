@@ -8,7 +8,7 @@ import pytest
 
 from course_utils.compression.methods import method_class, method_names
 from course_utils.tools.notebooks.pairs import FOLDERS
-from course_utils.tools.notebooks.stamps import course_imports, parts_imported
+from course_utils.tools.notebooks.sources import course_imports, parts_imported
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "course_utils"

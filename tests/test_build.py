@@ -181,7 +181,7 @@ def test_build_again_does_nothing_until_something_changes(built):
     before = built.ipynb.read_bytes()
     assert not building.build(built)
     assert built.ipynb.read_bytes() == before
-    (built.root / "course_utils" / "data" / "__init__.py").write_text("ONE = 1\n")
+    (built.root / "course_utils" / "data" / "batches.py").write_text("ONE = 1\n")
     assert building.build(built)
     assert building.build(built, force=True)
     first, second = (json.loads(text) for text in (before, built.ipynb.read_bytes()))
@@ -257,15 +257,21 @@ def test_check_sees_in_the_script(built, cells, message):
 
 
 @pytest.mark.parametrize(
-    ("part", "stale"),
-    [("cache", True), ("data", True), ("assets", True), ("__init__", True), ("pruning", False)],
+    ("file", "text", "stale"),
+    [
+        ("cache.py", "CHANGED = 1\n", True),
+        ("cache.py", "# a comment\n", False),
+        ("data/batches.py", "CHANGED = 1\n", True),
+        ("data/__init__.py", '"""Hands on."""\n', False),
+        ("__init__.py", "CHANGED = 1\n", True),
+        ("assets/sample-lm/model.safetensors", "1", True),
+        ("assets/other-lm/model.safetensors", "1", False),
+        ("pruning.py", "CHANGED = 1\n", False),
+    ],
 )
-def test_check_sees_a_change_of_the_package_that_the_notebook_uses(built, part, stale):
-    package = built.root / "course_utils"
-    file = {"assets": package / "assets" / "weights.safetensors"}.get(part, package / f"{part}.py")
-    if not file.exists():
-        file = package / part / "__init__.py"
-    file.write_text(file.read_text() + "\n")
+def test_check_sees_a_change_of_the_package_that_the_notebook_uses(built, file, text, stale):
+    path = built.root / "course_utils" / file
+    path.write_text(path.read_text() + text)
     remedy = f"{NAME}: the package changed after the build: run `course build {NAME}`"
     assert check(built) == ([remedy] if stale else [])
 

@@ -2,11 +2,15 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from course_utils.tools import CourseError
 from course_utils.tools.cli.shared import Names, ProfileOption, call, key_and_value, report_problems
+
+if TYPE_CHECKING:
+    from course_utils.tools.notebooks.pairs import Notebook
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -48,20 +52,48 @@ def run(
 def build(
     names: Names = None,
     force: Annotated[bool, typer.Option(help="Also those whose stamp is still right.")] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Build none: renew stamps where the profile quick agrees.")
+    ] = False,
 ) -> None:
     """Build notebooks from their scripts, executed in the profile cpu.
 
-    Only those are built whose script, or part of the package that they use, changed.
-    Examples: `course build`; `course build llm_int8_demo --force`.
+    Only those are built whose script, or a file of the package that they use, changed. After a change of
+    the package that leaves the results as they are, `--verify` runs the profile quick instead: where all
+    checked outputs and recorded values agree, it renews the stamp, and leaves the outputs.
+    Examples: `course build`; `course build llm_int8_demo --force`; `course build --verify`.
     """
     from course_utils.tools.notebooks import build as building
     from course_utils.tools.notebooks.pairs import course_root, find_notebooks
 
-    for notebook in find_notebooks(course_root(), names):
+    if force and verify:
+        raise CourseError("--force builds all, --verify builds none: give one of them.")
+    notebooks = find_notebooks(course_root(), names)
+    if verify:
+        return _verify(notebooks)
+    for notebook in notebooks:
         typer.echo(f"{notebook.name} ... ", nl=False)
         start = time.monotonic()
         built = building.build(notebook, force=force)
         typer.echo(f"built in {time.monotonic() - start:.0f} s" if built else "is up to date")
+
+
+def _verify(notebooks: list["Notebook"]) -> None:
+    from course_utils.tools.notebooks.verify import verify
+
+    problems = []
+    for notebook in notebooks:
+        typer.echo(f"{notebook.name} ... ", nl=False)
+        start = time.monotonic()
+        found = verify(notebook)
+        if found is None:
+            typer.echo("is up to date")
+        elif found:
+            typer.echo("is left as it is")
+            problems += found
+        else:
+            typer.echo(f"verified in {time.monotonic() - start:.0f} s")
+    report_problems(problems)
 
 
 @app.command()

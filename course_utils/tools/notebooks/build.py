@@ -31,10 +31,15 @@ def build(notebook: Notebook, *, force: bool = False) -> bool:
     nb = execute(from_script(notebook), notebook.name, out, profile=PROFILE, runs=runs)
     nb = canonical(nb)
     nb.metadata["course"] = {"profile": PROFILE, **today, "versions": versions()}
+    write(nb, notebook)
+    return True
+
+
+def write(nb: NotebookNode, notebook: Notebook) -> None:
+    """Make `nb` the committed notebook."""
     nbformat.validate(nb)
     with replacing(notebook.ipynb) as partial:
         partial.write_text(nbformat.writes(nb) + "\n", encoding="utf-8", newline="\n")
-    return True
 
 
 def read(notebook: Notebook) -> NotebookNode:
