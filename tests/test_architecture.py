@@ -23,7 +23,7 @@ FLOORS = [
     {"tools"},
     {"__main__"},
 ]
-SMALL = {"cache", "files", "references"}
+SMALL = {"cache", "digest", "files", "references"}
 
 PARTS = {
     path.stem: [path] if path.is_file() else sorted(path.rglob("*.py"))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from course_utils.compression.base import LayerReport, Method, QuantizedLinear
 from course_utils.compression.methods import get_method
 from course_utils.compression.saving import describe, empty_layer
+from course_utils.digest import digest
 from course_utils.files import replacing
 from course_utils.models.walk import BlockInputs, replace_module
 
@@ -44,7 +45,7 @@ class Checkpoint:
         parts = (
             repr(sorted(methods.items(), key=lambda item: item[0])),
             json.dumps(config, sort_keys=True, default=str),
-            _digest({**model.state_dict(), "calibration tokens": tokens}),
+            digest({**model.state_dict(), "calibration tokens": tokens}),
         )
         return cls(folder, hashlib.sha256(" ".join(parts).encode()).hexdigest())
 
@@ -95,19 +96,10 @@ class Checkpoint:
         return [LayerReport(**report) for report in reports]
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _write(file: Path, tensors: Mapping[str, Tensor], made: dict) -> None:
     with replacing(file) as partial:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        described = json.dumps(made | {"sha256": _digest(contiguous)})
+        described = json.dumps(made | {"sha256": digest(contiguous)})
         save_file(contiguous, partial, metadata={"made": described})
 
 
@@ -116,7 +108,7 @@ def _read(file: Path, device: torch.device) -> tuple[dict[str, Tensor], dict]:
         with safe_open(file, "pt", device=str(device)) as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             made = json.loads(opened.metadata()["made"])
-        if made["sha256"] != _digest(tensors):
+        if made["sha256"] != digest(tensors):
             raise ValueError("its tensors are not those that were written")
         return tensors, made
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:

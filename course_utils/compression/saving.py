@@ -7,7 +7,6 @@ read is compared with the hash: codes that are missing, cut or altered would sti
 nothing but the answers of the model would tell.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 
@@ -19,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from course_utils.compression.base import Method, QuantizedLinear
 from course_utils.compression.methods import get_method
+from course_utils.digest import digest
 from course_utils.models.walk import LinearLayer, replace_module
 
 FORMAT = "course_utils"
@@ -72,7 +72,7 @@ class CourseQuantizer(HfQuantizer):
         for name, entry in self.quantization_config.layers.items():
             module = model.get_submodule(name)
             _restore_dtypes(module, entry)
-            if _digest(module) != entry.get("sha256"):
+            if digest(dict(module.named_buffers())) != entry.get("sha256"):
                 raise _altered(name)
         return model
 
@@ -157,16 +157,8 @@ def describe(module: QuantizedLinear) -> dict:
             f.name: getattr(weight, f.name) for f in fields(weight) if f.name not in tensors
         },
         "bias": None if module.bias is None else _spec(module.bias),
-        "sha256": _digest(module),
+        "sha256": digest(dict(module.named_buffers())),
     }
-
-
-def _digest(module: QuantizedLinear) -> str:
-    """SHA-256 of the bytes of all the layer's tensors, in their order."""
-    digest = hashlib.sha256()
-    for tensor in module.buffers():
-        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _spec(tensor: torch.Tensor) -> list:

@@ -19,7 +19,7 @@ from course_utils.plotting.ranges import (
     predicted_against_measured,
     sensitivity_bars,
 )
-from course_utils.plotting.style import COLOURS, new_figure
+from course_utils.plotting.style import COLOURS, new_figure, series_styles
 from course_utils.plotting.training import step_gradient, training_curves
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "relative_bars",
     "rounding_distances",
     "sensitivity_bars",
+    "series_styles",
     "staircase",
     "step_gradient",
     "training_curves",

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from course_utils.tools import CourseError
-from course_utils.tools.cli.shared import choose_runs
+from course_utils.tools.cli.shared import runs_folder
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -38,9 +38,8 @@ def lm_report(
     """
     from course_utils.tools.site.model_card import report
 
-    choose_runs("report")
     try:
-        report(folder)
+        report(folder, runs_folder("report"))
     except (FileNotFoundError, ValueError) as error:
         raise CourseError(str(error)) from error
     typer.echo(f"Wrote {folder / 'README.md'}. Next: `course results accept --profile report`.")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from course_utils.tools import CourseError
-from course_utils.tools.cli.shared import Names, ProfileOption, call, key_and_value, report_problems
+from course_utils.tools.cli.shared import Names, ProfileOption, call, report_problems, runs_folder
+from course_utils.tools.parameters import key_and_value
 
 if TYPE_CHECKING:
     from course_utils.tools.notebooks.pairs import Notebook
@@ -32,9 +33,8 @@ def run(
     from course_utils.tools.notebooks.execute import execute
     from course_utils.tools.notebooks.pairs import course_root, find_notebooks, from_script
 
-    root = course_root()
-    runs = root / "runs" / profile
-    notebooks = find_notebooks(root, names)
+    runs = runs_folder(profile)
+    notebooks = find_notebooks(course_root(), names)
     parameters = dict(key_and_value(text) for text in parameter or [])
     for number, notebook in enumerate(notebooks, 1):
         typer.echo(f"[{number}/{len(notebooks)}] {notebook.name} ... ", nl=False)

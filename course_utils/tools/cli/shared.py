@@ -1,7 +1,5 @@
 """What several groups of commands need."""
 
-import ast
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,24 +18,11 @@ Names = Annotated[
 ProfileOption = Annotated[str, typer.Option(help="quick, cpu, colab or gpu.")]
 
 
-def choose_runs(profile: str) -> Path:
-    """Point `COURSE_RUNS` to the records of a profile's runs; returns the course's folder."""
+def runs_folder(profile: str) -> Path:
+    """Where a profile's runs lie, with what they recorded."""
     from course_utils.tools.notebooks.pairs import course_root
 
-    root = course_root()
-    os.environ["COURSE_RUNS"] = str(root / "runs" / profile)
-    return root
-
-
-def key_and_value(text: str) -> tuple[str, object]:
-    """`KEY=VALUE` with the value as Python writes it, or else as text."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise CourseError(f"a parameter is KEY=VALUE, got {text!r}.")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
+    return course_root() / "runs" / profile
 
 
 def report_problems(problems: list[str]) -> None:

@@ -100,7 +100,7 @@ def oracles(
 ) -> None:
     """Write the golden vectors of production libraries anew, into tests/golden.
 
-    Each library is installed in an environment of its own, in runs/oracles: some minutes, 3 GB.
+    Each library is installed in an environment of its own, in the cache: some minutes, 3 GB.
     Examples: `course oracles`; `course oracles gptqmodel`.
     """
     from course_utils.tools.golden import write_vectors
