@@ -30,7 +30,7 @@ MODELS = {
     "gpu": ("gpt2",),
 }
 WINDOW = 512  # tokens of an evaluation's window; a model of fewer positions takes all of them
-SECOND_CORPUS = "wikipedia"  # no model of the course was trained on it by us: out of domain
+SECOND_CORPUS = "wikipedia"  # another domain: course-lm has seen nothing like it
 T = TypeVar("T")
 
 

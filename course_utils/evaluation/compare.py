@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from course_utils.evaluation.estimate import Estimate, format_difference, over_units
+from course_utils.evaluation.estimate import Estimate, format_difference, over_units, with_error
 from course_utils.evaluation.perplexity import Perplexity, check_window
 from course_utils.evaluation.protocol import Text
 
@@ -29,10 +29,11 @@ class Comparison:
     unit: Tensor = field(repr=False)  # number of the document or window of each predicted token
 
     def __str__(self) -> str:
+        divergence = with_error(self.divergence.value, self.divergence.error)
+        agreement = with_error(100 * self.agreement.value, 100 * self.agreement.error)
         return (
-            f"{format_difference(self.loss)}; KL divergence {self.divergence.value:.3g} ± "
-            f"{self.divergence.error:.1g} nats; same top token {self.agreement.value:.1%} ± "
-            f"{self.agreement.error:.1%}; perplexity {self.reference.perplexity:.2f} -> "
+            f"{format_difference(self.loss)}; KL divergence {divergence} nats; same top token "
+            f"{agreement} %; perplexity {self.reference.perplexity:.2f} -> "
             f"{self.perplexity.perplexity:.2f} (errors over {self.loss.count} {self.loss.units})"
         )
 

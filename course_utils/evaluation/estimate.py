@@ -33,7 +33,7 @@ class Estimate:
         return self.value != 0 and abs(self.value) >= 2 * self.error
 
     def __str__(self) -> str:
-        return f"{_with_error(self, '')} ({self.count} {self.units})"
+        return f"{with_error(self.value, self.error)} ({self.count} {self.units})"
 
 
 def over_units(values: Tensor, unit: Tensor, units: str) -> Estimate:
@@ -69,14 +69,14 @@ def over_cuts(values: Sequence[float]) -> Estimate:
 
 def format_difference(difference: Estimate, unit: str = "nats") -> str:
     """A difference as the course says it: "+0.123 ± 0.004 nats", and whether it is one at all."""
-    said = f"{_with_error(difference, '+')} {unit}"
+    said = f"{with_error(difference.value, difference.error, '+')} {unit}"
     return said if difference.distinguished else f"{said}, not distinguished from 0"
 
 
-def _with_error(estimate: Estimate, sign: str) -> str:
+def with_error(value: float, error: float, sign: str = "") -> str:
     """Value ± error with one digit of the error, two if it begins with 1."""
-    if estimate.error == 0:
-        return f"{estimate.value:{sign}.4g} ± 0"
-    exponent = math.floor(math.log10(estimate.error))
-    decimals = max(0, -exponent + (estimate.error < 2 * 10**exponent))
-    return f"{estimate.value:{sign}.{decimals}f} ± {estimate.error:.{decimals}f}"
+    if error == 0:
+        return f"{value:{sign}.4g} ± 0"
+    exponent = math.floor(math.log10(error))
+    decimals = max(0, -exponent + (error < 2 * 10**exponent))
+    return f"{value:{sign}.{decimals}f} ± {error:.{decimals}f}"
