@@ -17,6 +17,7 @@ from course_utils.plotting import (
     error_against_threshold,
     feature_maxima,
     loss_against_alpha,
+    nats_against_bits,
     predicted_against_measured,
     relative_bars,
     rounding_distances,
@@ -57,6 +58,7 @@ FIGURES = {
     "alpha": lambda: loss_against_alpha({"m": {"static": ([0.1, 0.2], 0.3)}}, [0.0, 1.0], "loss"),
     "sensitivity": lambda: sensitivity_bars({"m": {"layer 0": 0.1, "layer 1": 0.2}}, "nats"),
     "predicted": lambda: predicted_against_measured({"a": ([0.1, 0.2], [0.1, 0.3])}, "nats"),
+    "nats": lambda: nats_against_bits({"m": {"GPTQ": ([3.3, 4.3], [0.3, 0.01], [0.02, 0.01])}}),
     "step": lambda: step_gradient(ROW, ROW.round(), ROW, ROW),
 }
 
@@ -181,6 +183,28 @@ def test_clips_that_coincide_are_all_seen():
     figure = clips_on_histogram({"a": (ROW, {"minmax": 3.0, "mse": 3.0, "entropy": 2.0})})
     tops = [top for _, (_, top), _ in lines(figure.axes[0])]
     assert tops[0] == 1 and tops[0] > tops[1] > tops[2] > 0.3
+
+
+def test_nats_lost_carry_their_errors_and_the_float_line():
+    curves = {
+        "nearest": ([3.0, 4.0], [0.9, 0.1], [0.1, 0.02]),
+        "GPTQ": ([3.0, 4.0], [0.4, -0.01], [0.1, 0.02]),
+    }
+    axis = nats_against_bits({"m": curves}).axes[0]
+    assert lines(axis)[0][1:] == ([0, 0], "--")
+    assert axis.lines[0].get_label() == "float"
+    bars = {}
+    for container in axis.containers:
+        point, _, (bar,) = container
+        [(x, low), (_, high)] = bar.get_segments()[0]
+        hollow = point.get_markerfacecolor() == "white"
+        bars[round(x), round((low + high) / 2, 9)] = (round((high - low) / 2, 9), hollow)
+    assert bars == {
+        (3, 0.9): (0.2, False), (4, 0.1): (0.04, False), (3, 0.4): (0.2, False), (4, -0.01): (0.04, True)
+    }  # fmt: skip
+    places = [container[0].get_xdata()[0] for container in axis.containers]
+    assert len(set(places)) == 4  # side by side, so that no bar covers another
+    assert "not distinguished from float" in axis.get_legend_handles_labels()[1]
 
 
 def test_the_readmes_picture_is_the_one_that_the_code_draws():

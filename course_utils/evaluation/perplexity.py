@@ -67,12 +67,7 @@ def perplexity(
     pass that writes it, what was written. More tokens a step take less time, and hide that much more.
     """
     stride = window if stride is None else stride
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", window)
-    if not 1 < window <= limit or not 1 <= stride <= window:
-        raise ValueError(
-            f"window {window} and stride {stride} do not fit: the window is at least 2 and at most the "
-            f"model's {limit} positions, the stride at least 1 and at most the window."
-        )
+    check_window(model, window, stride)
     if tokens.ndim != 1 or len(tokens) < 2:
         raise ValueError(f"tokens must be a stream [n] of at least 2, got {tuple(tokens.shape)}")
     if cached_step < 1:
@@ -91,6 +86,16 @@ def perplexity(
         if seen == len(tokens):
             break
     return Perplexity(total, predicted, len(tokens), window, stride)
+
+
+def check_window(model: nn.Module, window: int, stride: int) -> None:
+    """Refuse a window that the model has no positions for, and a stride that would skip tokens."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", window)
+    if not 1 < window <= limit or not 1 <= stride <= window:
+        raise ValueError(
+            f"window {window} and stride {stride} do not fit: the window is at least 2 and at most the "
+            f"model's {limit} positions, the stride at least 1 and at most the window."
+        )
 
 
 def _logits(model: nn.Module, tokens: Tensor, cache: Cache | None, cached_step: int) -> Tensor:

@@ -6,6 +6,7 @@ from course_utils.plotting.grids import (
     staircase,
     values_on_grid,
 )
+from course_utils.plotting.losses import nats_against_bits
 from course_utils.plotting.outliers import (
     codes_against_outlier,
     error_against_threshold,
@@ -31,6 +32,7 @@ __all__ = [
     "error_against_threshold",
     "feature_maxima",
     "loss_against_alpha",
+    "nats_against_bits",
     "new_figure",
     "predicted_against_measured",
     "relative_bars",
