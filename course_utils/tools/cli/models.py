@@ -1,4 +1,4 @@
-"""Commands on the models that the course trains: train-lm, lm-report."""
+"""Commands on the models that the course trains: train-lm, lm-report, train-bitnet."""
 
 from pathlib import Path
 from typing import Annotated
@@ -44,3 +44,18 @@ def lm_report(
     except (FileNotFoundError, ValueError) as error:
         raise CourseError(str(error)) from error
     typer.echo(f"Wrote {folder / 'README.md'}. Next: `course results accept --profile report`.")
+
+
+@app.command()
+def train_bitnet(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and results.")] = Path(
+        "runs/bitnet"
+    ),
+) -> None:
+    """Train the ternary models and their float twins: about 5 hours on two CPU cores.
+
+    Goes on where it was interrupted. Example: `course train-bitnet --out runs/bitnet`.
+    """
+    from course_utils.finetuning.bitnet_lm import train_plan
+
+    train_plan(out)
