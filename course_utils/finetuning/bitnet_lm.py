@@ -1,8 +1,8 @@
 """Training of the ternary language models and of their float twins: `course train-bitnet`.
 
 One script, one list of runs (`PLAN`), most important first. Twins share architecture, initial weights,
-batches, tokens, schedule, and the effort of tuning: each size sweeps the same learning rates for both kinds, in
-runs of `SWEEP_TOKENS`, and each kind takes the one with the lowest held-out loss.
+batches, tokens, schedule, and the effort of tuning: each size sweeps the same learning rates for both
+kinds, in runs of `SWEEP_TOKENS`, and each kind takes the one with the lowest held-out loss.
 """
 
 import hashlib
@@ -26,8 +26,14 @@ from course_utils.data.corpora import documents
 from course_utils.files import replacing
 from course_utils.finetuning.bitnet import BitLinear, bitnet_model, prepare_bitnet
 from course_utils.models.registry import COURSE_LM
+from course_utils.quantizers.bitnet import BitNet
 from course_utils.training.course_lm import (
-    BATCH, CONTEXT, CORPORA, END_OF_TEXT, VOCABULARY, held_out_loss,
+    BATCH,
+    CONTEXT,
+    CORPORA,
+    END_OF_TEXT,
+    VOCABULARY,
+    held_out_loss,
 )  # fmt: skip
 from course_utils.training.loop import TrainConfig, train
 
@@ -35,10 +41,10 @@ WIDTHS = {"tiny": 64, "small": 128, "medium": 192, "large": 256}
 # What the linear layers compute with; None: float weights.
 KINDS = {
     "float": None,
-    "ternary": {},
-    "ternary_weights": {"int8_inputs": False},
-    "ternary_rows": {"rounding": "row_absmean"},
-    "binary": {"rounding": "binary"},
+    "ternary": BitNet(),
+    "ternary_weights": BitNet(inputs="float"),
+    "ternary_rows": BitNet(rounding="row_absmean"),
+    "binary": BitNet(rounding="binary"),
 }
 TWINS = ("ternary", "float")
 SWEEP_TOKENS = 500_000
@@ -198,12 +204,10 @@ def train_run(run: Run, stream: Tensor, held_out: Tensor, out: Path) -> dict:
 
 def new_model(run: Run) -> BitNetForCausalLM:
     """The model that `run` trains, with fresh weights."""
-    model = bitnet_model(
-        WIDTHS[run.size], vocabulary=VOCABULARY, context=CONTEXT, seed=run.seed
-    )
-    settings = KINDS[run.kind]
-    if settings is not None:
-        prepare_bitnet(model, **settings)
+    model = bitnet_model(WIDTHS[run.size], vocabulary=VOCABULARY, context=CONTEXT, seed=run.seed)
+    method = KINDS[run.kind]
+    if method is not None:
+        prepare_bitnet(model, method)
     return model
 
 
@@ -215,7 +219,9 @@ def best_rate(run: Run, out: Path) -> float:
                   for lr in SWEEPS[run.size]):  # fmt: skip
         log = out / trial.name / "log.json"
         if not log.exists():
-            raise ValueError(f"{run.name} needs a learning rate: run {trial.name} of its sweep first")
+            raise ValueError(
+                f"{run.name} needs a learning rate: run {trial.name} of its sweep first"
+            )
         losses[trial.lr] = json.loads(log.read_text("utf-8"))["held_out"]
     return min(losses, key=losses.get)
 
