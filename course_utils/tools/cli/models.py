@@ -52,10 +52,14 @@ def train_bitnet(
         "runs/bitnet"
     ),
 ) -> None:
-    """Train the ternary models and their float twins: about 5 hours on two CPU cores.
+    """Train the ternary models of `bitnet_demo` and their float twins: hours on two CPU cores.
 
-    Goes on where it was interrupted. Example: `course train-bitnet --out runs/bitnet`.
+    Goes on where it was interrupted, and skips what is finished. Example:
+    `course train-bitnet --out runs/bitnet`.
     """
     from course_utils.finetuning.bitnet_lm import train_plan
 
-    train_plan(out)
+    try:
+        train_plan(out)
+    except ValueError as error:
+        raise CourseError(str(error)) from error
