@@ -175,6 +175,30 @@ def test_frozen_weights_stay_and_matrices_alone_are_decayed():
         torch.testing.assert_close(p.detach(), before[name] * (0.95 if decayed else 1.0))
 
 
+def test_weight_decay_can_follow_a_schedule():
+    class Alternating(TrainConfig):
+        def weight_decay_at(self, step):
+            return 0.1 * (step % 2)
+
+    model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(
+        model, tiny_batches(), Alternating(steps=4, lr=0.5, warmup=0, eval_every=4), progress=False,
+        loss=lambda m, batch: 0.0 * sum(p.sum() for p in m.parameters()),
+    )  # fmt: skip
+    for name, p in model.named_parameters():
+        factor = 0.95**2 if p.ndim == 2 else 1.0
+        torch.testing.assert_close(p.detach(), before[name] * factor)
+
+
+def test_before_step_is_told_each_step_also_of_a_resumed_run(tmp_path):
+    file, steps = tmp_path / "checkpoint.safetensors", []
+    run(replace(CONFIG, steps=20, decay=0), checkpoint=file, before_step=steps.append)
+    assert steps == list(range(20))
+    run(replace(CONFIG, decay=0), checkpoint=file, before_step=steps.append)
+    assert steps == list(range(30))
+
+
 def test_tied_weights_survive_checkpoint_and_best_weights(tmp_path):
     file = tmp_path / "checkpoint.safetensors"
     run(replace(CONFIG, steps=10, decay=0), evaluate=held_out, checkpoint=file)

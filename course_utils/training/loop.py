@@ -53,6 +53,10 @@ class TrainConfig:
             rate = min(rate, (self.steps - step) / self.decay)
         return self.lr * rate
 
+    def weight_decay_at(self, step: int) -> float:
+        """Weight decay of the matrices in that update; here the same in all."""
+        return self.weight_decay
+
 
 def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
     """Mean cross-entropy, in nats per token, of predicting `batch[:, 1:]` from `batch[:, :-1]`."""
@@ -67,6 +71,7 @@ def train(
     *,
     loss: Callable[[nn.Module, Tensor], Tensor] = next_token_loss,
     evaluate: Callable[[nn.Module], float] | None = None,
+    before_step: Callable[[int], None] | None = None,
     checkpoint: Path | None = None,
     data: str = "",
     progress: bool = True,
@@ -74,8 +79,9 @@ def train(
     """Train `model` in place with AdamW; returns the curve, one row per `eval_every` steps.
 
     `batches(step)` gives the whole batch of that step, `[batch, context + 1]`. A row holds `step`,
-    `loss` (mean training loss since the last row), `lr`, `seconds`, and `held_out` where
-    `evaluate(model)` is given; the weights with the lowest `held_out` are the ones left in `model`.
+    `loss` (mean training loss since the last row), `lr`, `seconds` on the clock, `cpu_seconds` of all
+    threads, and `held_out` where `evaluate(model)` is given; the weights with the lowest `held_out` are the
+    ones left in `model`. `before_step(step)` is called before each update, to change what the model does.
     With `checkpoint`, a file, the state is saved there at every row, and a run that finds the
     file goes on from it, bit for bit as if it had never stopped (if model and loss draw no random
     numbers: dropout's are not part of the checkpoint). What is not trained, frozen parameters and
@@ -95,6 +101,7 @@ def train(
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, config), lr=config.lr, betas=config.betas
     )
+    decayed, _ = optimizer.param_groups
     curve: list[dict] = []
     best = _weights(model)
     start = 0
@@ -107,7 +114,7 @@ def train(
         }
         if checkpoint.exists():
             start, curve, best = _load_checkpoint(checkpoint, model, optimizer, config, made)
-    since, losses = time.monotonic(), []
+    since, cpu_since, losses = time.monotonic(), time.process_time(), []
 
     bar = tqdm(range(start, config.steps), initial=start, total=config.steps,
                disable=rank > 0 or not progress, mininterval=1.0)  # fmt: skip
@@ -116,6 +123,9 @@ def train(
             break
         for group in optimizer.param_groups:
             group["lr"] = config.lr_at(step)
+        decayed["weight_decay"] = config.weight_decay_at(step)
+        if before_step is not None:
+            before_step(step)
         model.train()
         value = loss(parallel, _share(batches(step), rank, world))
         optimizer.zero_grad(set_to_none=True)
@@ -142,8 +152,9 @@ def train(
             if row["held_out"] < min((r["held_out"] for r in curve), default=float("inf")):
                 best = _weights(model)
         row["seconds"] = round(time.monotonic() - since, 1)
+        row["cpu_seconds"] = round(time.process_time() - cpu_since, 1)
         curve.append(row)
-        since, losses = time.monotonic(), []
+        since, cpu_since, losses = time.monotonic(), time.process_time(), []
         bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "held_out") if k in row})
         if checkpoint is not None and rank == 0:
             _save_checkpoint(checkpoint, model, optimizer, step + 1, curve, best, made)

@@ -1,4 +1,4 @@
-"""Commands on the models that the course makes: train-lm, lm-report, dither."""
+"""Commands on the models that the course makes: train-lm, lm-report, dither, train-bitnet."""
 
 from pathlib import Path
 from typing import Annotated
@@ -62,3 +62,22 @@ def dither(
     for report in (grid_errors(), costs()):
         for line in report:
             typer.echo(line)
+
+
+@app.command()
+def train_bitnet(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and results.")] = Path(
+        "runs/bitnet"
+    ),
+) -> None:
+    """Train the ternary models of `bitnet_demo` and their float twins: hours on two CPU cores.
+
+    Goes on where it was interrupted, and skips what is finished. Example:
+    `course train-bitnet --out runs/bitnet`.
+    """
+    from course_utils.finetuning.bitnet_lm import train_plan
+
+    try:
+        train_plan(out)
+    except ValueError as error:
+        raise CourseError(str(error)) from error
