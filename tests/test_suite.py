@@ -58,9 +58,9 @@ def test_workers_take_all_but_what_is_alone_and_cells_stay_together(folder):
     done = pytest_in(folder, "-n2", "--no-loadscope-reorder", "-v")
     assert done.returncode == 0, done.stdout
     assert "10 passed" in done.stdout.splitlines()[-1]
-    workers = {line.split()[0] for line in done.stdout.splitlines() if "planted.ipynb::" in line}
-    lines = [line for line in done.stdout.splitlines() if "PASSED" in line]
-    assert len({line.split()[0] for line in lines if "planted.ipynb" in line}) == 1, workers
+    passed = [line.split() for line in done.stdout.splitlines() if " PASSED " in line]
+    of_cells = [words[0] for words in passed if "planted::ipynb::Cell" in words[-2]]
+    assert len(of_cells) == 2 and len(set(of_cells)) == 1, done.stdout
 
 
 def test_alone_takes_what_the_workers_leave(folder):
