@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from offline import Offline
 
 from course_utils.tools.notebooks.pairs import Notebook
 from course_utils.tools.notebooks.standard_cells import SETUP, badge
@@ -56,3 +57,8 @@ def sample(tmp_path: Path) -> Notebook:
     notebook.script.parent.mkdir()
     notebook.script.write_text(script(), encoding="utf-8")
     return notebook
+
+
+@pytest.fixture
+def offline(tmp_path: Path) -> Offline:
+    return Offline(tmp_path)

@@ -186,6 +186,7 @@ def test_a_run_that_fails_tells_its_reason_and_its_log(course):
         run(course, "affine:group_size=100")
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system's own count is taken")
 def test_peak_memory_is_not_that_of_the_process_that_started_it():
     held = bytearray(10**9)  # getrusage counts this for the child, too

@@ -81,14 +81,20 @@ def test_course_run_tells_where_the_results_are(sample, monkeypatch):
         ("1 / 0", r"cell 7 \(1 / 0\): ZeroDivisionError: division by zero"),
         ("import sys\n\nsys.exit(0)", r"cell 7 \(import sys\): SystemExit: 0"),
         ("os._exit(0)", r"cell [78] .*: Kernel died"),
-        ("import time\n\ntime.sleep(60)", r"cell 7 \(import time\): .*timed out"),
     ],
-    ids=["exception", "sys.exit", "kernel dies", "too slow"],
+    ids=["exception", "sys.exit", "kernel dies"],
 )
-def test_run_fails_and_names_the_cell(sample, monkeypatch, work, message):
-    monkeypatch.setattr(execution, "CELL_TIMEOUT", 5)
+def test_run_fails_and_names_the_cell(sample, work, message):
     change(sample, work=f"# %%\n{work}")
     with pytest.raises(NotebookFailed, match=f"{NAME}, {message}"):
+        run(sample)
+
+
+@pytest.mark.alone  # on a busy machine the cells before it may take longer than is allowed here
+def test_run_fails_and_names_the_cell_that_is_too_slow(sample, monkeypatch):
+    monkeypatch.setattr(execution, "CELL_TIMEOUT", 5)
+    change(sample, work="# %%\nimport time\n\ntime.sleep(60)")
+    with pytest.raises(NotebookFailed, match=rf"{NAME}, cell 7 \(import time\): .*timed out"):
         run(sample)
 
 

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from course_utils.tools import CourseError
-from course_utils.tools.cli.shared import Names, ProfileOption, call, report_problems, runs_folder
+from course_utils.tools.cli.shared import (
+    JobsOption,
+    Names,
+    ProfileOption,
+    call,
+    report_problems,
+    runs_folder,
+)
 from course_utils.tools.parameters import key_and_value
 
 if TYPE_CHECKING:
@@ -24,27 +31,25 @@ def run(
         list[str] | None,
         typer.Option("--parameter", "-p", metavar="KEY=VALUE", help="A notebook's parameter."),
     ] = None,
+    jobs: JobsOption = None,
 ) -> None:
-    """Run notebooks from top to bottom, into runs/PROFILE.
+    """Run notebooks from top to bottom, into runs/PROFILE; report.json there says what each took.
 
-    Examples: `course run`; `course run llm_int8_demo --profile cpu`;
+    Examples: `course run`; `course run llm_int8_demo --profile cpu`; `course run --jobs 1`;
     `course run llm_int8_demo -p SEED=1 -p MODEL=course-lm`.
     """
-    from course_utils.tools.notebooks.execute import execute
     from course_utils.tools.notebooks.pairs import course_root, find_notebooks, from_script
+    from course_utils.tools.notebooks.side_by_side import execute_all
 
     runs = runs_folder(profile)
     notebooks = find_notebooks(course_root(), names)
-    parameters = dict(key_and_value(text) for text in parameter or [])
-    for number, notebook in enumerate(notebooks, 1):
-        typer.echo(f"[{number}/{len(notebooks)}] {notebook.name} ... ", nl=False)
-        start = time.monotonic()
-        out = runs / f"{notebook.name}.ipynb"
-        execute(
-            from_script(notebook), notebook.name, out,
-            profile=profile, runs=runs, parameters=parameters,
-        )  # fmt: skip
-        typer.echo(f"{time.monotonic() - start:.0f} s")
+    execute_all(
+        {notebook.name: from_script(notebook) for notebook in notebooks},
+        profile=profile,
+        runs=runs,
+        jobs=jobs,
+        parameters=dict(key_and_value(text) for text in parameter or []),
+    )
     typer.echo(f"\nThe executed notebooks are in {runs}. Read them with `make lab` (`course lab`).")
 
 

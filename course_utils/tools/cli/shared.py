@@ -16,6 +16,9 @@ Names = Annotated[
     ),
 ]
 ProfileOption = Annotated[str, typer.Option(help="quick, cpu, colab or gpu.")]
+JobsOption = Annotated[
+    int | None, typer.Option(help="Notebooks at a time. Default: 2, or 1 where there is one core.")
+]
 
 
 def runs_folder(profile: str) -> Path:
@@ -31,8 +34,9 @@ def report_problems(problems: list[str]) -> None:
         raise CourseError(f"{len(problems)} problems.")
 
 
-def call(module: str, *arguments: str) -> None:
-    """Run a tool of this Python; if it fails, this process ends with its exit status."""
+def call(module: str, *arguments: str, passing: tuple[int, ...] = (0,)) -> int:
+    """Run a tool of this Python; with an exit status other than those in `passing` this process ends, too."""
     status = subprocess.run([sys.executable, "-m", module, *arguments]).returncode
-    if status:
+    if status not in passing:
         sys.exit(status)
+    return status

@@ -49,7 +49,7 @@ def execute(
 
     The kernel is `python`, by default this process's own, in an empty folder, with `profile` in
     `COURSE_PROFILE`, `runs`, where records are written, in `COURSE_RUNS`, and `variables` beside them.
-    Raises `NotebookFailed`.
+    Those are set in this process for as long as it runs: one notebook a process. Raises `NotebookFailed`.
     """
     parameters = parameters or {}
     _refuse_before(nb, name, parameters)
@@ -70,7 +70,7 @@ def execute(
                     kernel_name="python3",
                     cwd=cwd,
                     execution_timeout=CELL_TIMEOUT,
-                    progress_bar=_progress_bar(name),
+                    progress_bar=False,
                     coalesce_streams=True,
                 )
             except PapermillExecutionError as error:
@@ -160,7 +160,3 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 del os.environ[key]
             else:
                 os.environ[key] = value
-
-
-def _progress_bar(name: str) -> dict | bool:
-    return {"desc": name, "leave": False} if sys.stderr.isatty() else False
