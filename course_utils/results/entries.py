@@ -73,9 +73,10 @@ def record(
     _write_json(_runs_folder() / f"{key}.{name}.json", entry)
 
 
-def list_runs() -> list[dict]:
-    """Entries recorded in `$COURSE_RUNS/results`, ordered by key, profile and model."""
-    return sorted(map(_read_entry, _runs_folder().glob("*.json")), key=_identity)
+def list_runs(runs: Path | None = None) -> list[dict]:
+    """Entries recorded in `runs/results` (default: `$COURSE_RUNS`), ordered by key, profile and model."""
+    folder = _runs_folder() if runs is None else Path(runs) / "results"
+    return sorted(map(_read_entry, folder.glob("*.json")), key=_identity)
 
 
 def accepted(root: Path) -> list[dict]:

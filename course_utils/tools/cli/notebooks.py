@@ -25,8 +25,12 @@ def run(
     Examples: `course run`; `course run llm_int8_demo --profile cpu`;
     `course run llm_int8_demo -p SEED=1 -p MODEL=course-lm`.
     """
-    from course_utils.tools.notebooks.execute import execute
+    import nbformat
+
+    from course_utils.tools.notebooks.execute import execute, recorded
+    from course_utils.tools.notebooks.fillings import unfilled
     from course_utils.tools.notebooks.pairs import course_root, find_notebooks, from_script
+    from course_utils.tools.notebooks.reader import readers_version
 
     root = course_root()
     runs = root / "runs" / profile
@@ -36,11 +40,14 @@ def run(
         typer.echo(f"[{number}/{len(notebooks)}] {notebook.name} ... ", nl=False)
         start = time.monotonic()
         out = runs / f"{notebook.name}.ipynb"
-        execute(
+        nb = execute(
             from_script(notebook), notebook.name, out,
             profile=profile, runs=runs, parameters=parameters,
         )  # fmt: skip
+        nbformat.write(readers_version(nb, recorded(nb)), out)
         typer.echo(f"{time.monotonic() - start:.0f} s")
+        for problem in unfilled(nb, recorded(nb)):  # a smaller profile may leave out a model
+            typer.echo(f"  {problem}")
     typer.echo(f"\nThe executed notebooks are in {runs}. Read them with `make lab` (`course lab`).")
 
 
@@ -68,12 +75,15 @@ def build(
 def check(names: Names = None) -> None:
     """Check that scripts, built notebooks, package and references agree. Runs no notebook.
 
-    Examples: `course check`; `course check llm_int8_demo`.
+    Warnings, on style, do not fail. Examples: `course check`; `course check llm_int8_demo`.
     """
     from course_utils.tools.notebooks.check import check as problems_of
+    from course_utils.tools.notebooks.check import warnings
     from course_utils.tools.notebooks.pairs import course_root, find_notebooks
 
     notebooks = find_notebooks(course_root(), names)
+    for warning in [warning for notebook in notebooks for warning in warnings(notebook)]:
+        typer.echo(f"warning: {warning}")
     report_problems([problem for notebook in notebooks for problem in problems_of(notebook)])
     typer.echo(f"{len(notebooks)} notebooks checked: all agree.")
 
