@@ -19,7 +19,7 @@ CELLS = {
     "work": "# %%\nprint(PROFILE, SEED, os.environ['COURSE_PROFILE'])",
     "checked": '# %% tags=["nbval-check-output"]\n[1, 2, 3]',
     "statement": '# %% [markdown] tags=["exercise-statement"]\n# ### Exercise 1: double\n'
-    "# *Difficulty 1/5 · 5 minutes · 1 point · no GPU*\n#\n# Double it. Try it first.",
+    "# *Difficulty 1/5 · 5 minutes · 1 point · no GPU*\n#\n# Double it.",
     "exercise": '# %% tags=["exercise"]\ndef double(x: int) -> int:\n    """Twice x."""\n'
     "    ### BEGIN SOLUTION\n    return 2 * x\n    ### END SOLUTION",
     "tests": '# %% tags=["exercise-tests"]\nassert double(2) == 4, "is it doubled?"\n'

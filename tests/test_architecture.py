@@ -142,7 +142,16 @@ def import_all(
 
 
 def test_importing_needs_no_extras_and_touches_nothing():
-    absent = ["bitsandbytes", "papermill", "nbval", "jupyterlab", "jupytext", "nbformat", "pytest"]
+    absent = [
+        "bitsandbytes",
+        "papermill",
+        "nbval",
+        "jupyterlab",
+        "jupytext",
+        "nbformat",
+        "pytest",
+        "pandas",
+    ]
     # tools make notebooks, and need what makes notebooks
     modules = [name for name in MODULES if not name.startswith("course_utils.tools.")]
     libraries = ["torch", "transformers", "matplotlib.font_manager"]  # which lists fonts at first

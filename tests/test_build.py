@@ -180,7 +180,7 @@ def test_build_makes_a_notebook_that_passes_its_check(built):
     assert printed(nb) == "auto 0 cpu\n"
     assert nb.metadata["course"]["versions"]["course_utils"] == __version__
     metadata = [set(cell.metadata) for cell in nb.cells]
-    assert all(keys <= {"tags"} for keys in metadata)
+    assert all(keys <= {"tags", "jupyter", "cellView"} for keys in metadata)
 
 
 def test_build_again_does_nothing_until_something_changes(built):
@@ -293,7 +293,7 @@ def widget(nb):
 @pytest.mark.parametrize(
     ("plant", "message"),
     [
-        (lambda nb: nb.cells[6].update(source="print(2)"), "its cells are not those of the script"),
+        (lambda nb: nb.cells[6].update(source="print(2)"), "cell 7 is not what the script"),
         (lambda nb: nb.cells.pop(), "its cells are not those of the script"),
         (lambda nb: nb.metadata.update(widgets={"state": {}}), "its metadata holds widgets"),
         (widget, "cell 7 shows a widget"),

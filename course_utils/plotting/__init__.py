@@ -1,4 +1,4 @@
-"""The course's figures, in one style."""
+"""The course's figures, in one style, and its tables; diagrams of mechanisms are in `diagrams`."""
 
 from course_utils.plotting.grids import (
     error_against_bits,
@@ -21,6 +21,7 @@ from course_utils.plotting.ranges import (
     sensitivity_bars,
 )
 from course_utils.plotting.style import COLOURS, new_figure, series_styles
+from course_utils.plotting.tables import table
 from course_utils.plotting.training import step_gradient, training_curves
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "series_styles",
     "staircase",
     "step_gradient",
+    "table",
     "training_curves",
     "values_on_grid",
 ]

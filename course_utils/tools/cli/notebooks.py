@@ -105,12 +105,15 @@ def _verify(notebooks: list["Notebook"]) -> None:
 def check(names: Names = None) -> None:
     """Check that scripts, built notebooks, package and references agree. Runs no notebook.
 
-    Examples: `course check`; `course check llm_int8_demo`.
+    Warnings, on style, do not fail. Examples: `course check`; `course check llm_int8_demo`.
     """
     from course_utils.tools.notebooks.check import check as problems_of
+    from course_utils.tools.notebooks.check import warnings
     from course_utils.tools.notebooks.pairs import course_root, find_notebooks
 
     notebooks = find_notebooks(course_root(), names)
+    for warning in [warning for notebook in notebooks for warning in warnings(notebook)]:
+        typer.echo(f"warning: {warning}")
     report_problems([problem for notebook in notebooks for problem in problems_of(notebook)])
     typer.echo(f"{len(notebooks)} notebooks checked: all agree.")
 

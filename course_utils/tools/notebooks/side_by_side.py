@@ -12,17 +12,20 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
+import nbformat
 import psutil
 from nbformat import NotebookNode
 from rich.console import Console
 
 from course_utils.tools import CourseError
 from course_utils.tools.environments import cores
-from course_utils.tools.notebooks.execute import execute
+from course_utils.tools.notebooks.execute import execute, recorded
+from course_utils.tools.notebooks.fillings import unfilled
+from course_utils.tools.notebooks.reader import readers_version
 
 # Seconds that a notebook may take: in quick on one core, since two run side by side in CI.
 LIMITS = {"quick": 60, "cpu": 300, "colab": 900, "gpu": 600}
@@ -34,6 +37,7 @@ class Took:
 
     seconds: float
     cpu_seconds: float
+    notes: list[str] = field(default_factory=list)  # what else there is to say of it
 
 
 def execute_all(
@@ -53,7 +57,7 @@ def execute_all(
         raise CourseError(f"there is no profile {profile!r}. There are: {', '.join(LIMITS)}.")
     tasks = {
         name: partial(
-            execute, nb, name, runs / f"{name}.ipynb", profile=profile, runs=runs, **settings
+            _execute, nb, name, runs / f"{name}.ipynb", profile=profile, runs=runs, **settings
         )
         for name, nb in notebooks.items()
     }
@@ -65,6 +69,13 @@ def execute_all(
 def default_jobs() -> int:
     """Two, where there are two cores: kernels of the profile cpu take gigabytes each."""
     return min(2, cores())
+
+
+def _execute(nb: NotebookNode, name: str, out: Path, **settings: object) -> list[str]:
+    """Execute a notebook into `out`, as readers see it; returns what its text could not be told."""
+    executed = execute(nb, name, out, **settings)
+    nbformat.write(readers_version(executed, recorded(executed)), out)
+    return unfilled(executed, recorded(executed))  # a smaller profile may leave out a model
 
 
 def side_by_side(tasks: Mapping[str, Callable[[], object]], jobs: int) -> dict[str, Took]:
@@ -139,6 +150,8 @@ def _call_all(
                 ) from error
             else:
                 console.print(f"{place} {name}: {took[name].seconds:.0f} s", markup=False)
+                for note in took[name].notes:
+                    console.print(f"  {note}", markup=False)
     if failures:
         raise CourseError("\n".join(failures))
     return took
@@ -151,11 +164,11 @@ def _take_threads(number: int) -> None:
 
 def _timed(task: Callable[[], object]) -> Took:
     start, before = time.monotonic(), os.times()
-    task()
+    notes = task() or []
     after = os.times()
     spent = [getattr(after, part) - getattr(before, part)
              for part in ("user", "system", "children_user", "children_system")]  # fmt: skip
-    return Took(round(time.monotonic() - start, 1), round(sum(spent), 1))
+    return Took(round(time.monotonic() - start, 1), round(sum(spent), 1), notes)
 
 
 def _end_processes() -> None:
