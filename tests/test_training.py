@@ -75,7 +75,7 @@ def test_loss_falls_and_the_curve_says_so():
     assert [row["step"] for row in curve] == [10, 20, 30]
     assert curve[0]["loss"] > curve[1]["loss"] > curve[2]["loss"]
     assert curve[-1]["held_out"] < 0.7 * curve[0]["held_out"]
-    assert set(curve[0]) == {"step", "loss", "lr", "held_out", "seconds"}
+    assert set(curve[0]) == {"step", "loss", "lr", "held_out", "seconds", "cpu_seconds"}
 
 
 def test_a_bar_shows_the_steps_and_the_losses_unless_it_is_switched_off(capsys):

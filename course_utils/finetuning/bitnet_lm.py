@@ -49,10 +49,10 @@ KINDS = {
 TWINS = ("ternary", "float")
 SWEEP_TOKENS = 500_000
 SWEEPS = {
-    "tiny": (3e-3, 6e-3, 12e-3),
-    "small": (1.5e-3, 3e-3, 6e-3, 12e-3),
-    "medium": (1.5e-3, 3e-3, 6e-3),
-    "large": (1.5e-3, 3e-3, 6e-3),
+    "tiny": (1.5e-3, 3e-3, 6e-3),
+    "small": (0.75e-3, 1.5e-3, 3e-3, 6e-3),
+    "medium": (0.75e-3, 1.5e-3, 3e-3),
+    "large": (0.75e-3, 1.5e-3, 3e-3),
 }
 
 
