@@ -32,6 +32,7 @@ from course_utils.tools.notebooks.pairs import (
     from_script,
     tagged,
 )
+from course_utils.tools.notebooks.trace import tracing, untracked
 
 ROOT = Path(__file__).parent.parent
 HAS_NOTEBOOKS = any(list((ROOT / folder).glob("*.py")) for folder in FOLDERS)
@@ -48,8 +49,8 @@ def each_notebook(test):
 def test_notebook_runs_offline_in_the_quick_profile(
     notebook: Notebook, offline: Offline, tmp_path, monkeypatch
 ):
-    """With parameters, without a network, and what it records are the accepted values."""
-    runs = tmp_path / "runs"
+    """With parameters, without a network; it records the accepted values, and runs no uncounted file."""
+    runs, trace = tmp_path / "runs", tmp_path / "trace"
     for variable in filter(own_setting, list(os.environ)):
         monkeypatch.delenv(variable)
     executed = execute(
@@ -59,9 +60,10 @@ def test_notebook_runs_offline_in_the_quick_profile(
         profile="quick",
         runs=runs,
         parameters={"PROFILE": "quick"},
-        variables=offline.variables,
+        variables=offline.variables | tracing(trace, offline.variables),
     )
     assert tagged(executed, "injected-parameters")
+    assert untracked(trace, notebook) == []
     assert offline.connections() == []
     monkeypatch.setenv("COURSE_RUNS", str(runs))
     assert compare(ROOT, list_runs()) == []
