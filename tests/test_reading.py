@@ -102,7 +102,7 @@ def test_the_words_may_begin_a_sentence_and_run_over_a_line(sample):
 
 @pytest.fixture(scope="module")
 def built_once(tmp_path_factory):
-    """The text of a notebook built with a recorded sentence: one build for all tests."""
+    """The text and the records of a notebook built with a recorded sentence: one build for all tests."""
     return {}
 
 
@@ -112,7 +112,9 @@ def built(sample, built_once) -> Notebook:
     if not built_once:
         assert building.build(sample)
         built_once["text"] = sample.ipynb.read_text(encoding="utf-8")
+        built_once["runs"] = list_runs(sample.root / "runs" / building.PROFILE)
     sample.ipynb.write_text(built_once["text"], encoding="utf-8")
+    accept(sample.root, built_once["runs"])
     return sample
 
 

@@ -131,7 +131,7 @@ def _built_problems(nb: NotebookNode, notebook: Notebook) -> list[str]:
     entries = [entry | {"profile": PROFILE} for entry in recorded(built)]
     problems += [
         f"{deviation}: run `course results accept`, or find out why the value moved"
-        for deviation in compare(notebook.root, entries)
+        for deviation in (compare(notebook.root, entries) if entries else [])
     ]
     size = notebook.ipynb.stat().st_size
     if size >= MAX_BYTES:

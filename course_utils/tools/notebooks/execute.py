@@ -88,7 +88,7 @@ def execute(
 
 
 def recorded(nb: NotebookNode) -> list[dict]:
-    """What the run of an executed or built notebook recorded: key, model, value and unit of each."""
+    """What the run of an executed or built notebook recorded: key, model, value, unit and protocol."""
     return nb.metadata.get("course", {}).get("recorded", [])
 
 
@@ -150,7 +150,8 @@ def _take_over(own: Path, runs: Path) -> list[dict]:
     for file in (own / "results").glob("*.json"):
         (runs / "results").mkdir(parents=True, exist_ok=True)
         shutil.move(file, runs / "results" / file.name)
-    return [{name: entry[name] for name in ("key", "model", "value", "unit")} for entry in entries]
+    told = ("key", "model", "value", "unit", "protocol")
+    return [{name: entry[name] for name in told} for entry in entries]
 
 
 def _jupyter_of_its_own(scratch: Path, python: str) -> dict[str, str]:

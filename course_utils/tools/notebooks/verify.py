@@ -44,7 +44,8 @@ def verify(notebook: Notebook) -> list[str] | None:
     if not recorded and not tagged(nb, CHECKED):
         problems = [f"it records nothing and has no cell tagged `{CHECKED}`: {remedy}"]
     else:
-        problems = _output_problems(built, canonical(nb)) + compare(notebook.root, recorded)
+        problems = _output_problems(built, canonical(nb))
+        problems += compare(notebook.root, recorded) if recorded else []
     if not problems:
         built.metadata["course"] |= {**today, MARK: PROFILE}
         write(built, notebook)
