@@ -69,12 +69,14 @@ def test_a_filling_is_the_recorded_value_in_its_format(text, filled):
         ("{{zz.top}}", "the run recorded nothing as zz.top; no key is near to it"),
         ("{{a.many}}", "recorded for several models: write a.many@MODEL, one of one, two"),
         ("{{a.many@three}}", "not recorded for three, only for one, two"),
+        ("{{a.twice}}", "recorded by several protocols: give each a key of its own"),
         ("{{a.loss:d}}", "0.5 cannot be written so: Unknown format code 'd'"),
     ],
 )
 def test_a_filling_without_its_one_value_is_told_with_cell_key_and_near_keys(sample, text, message):
     change(sample, section=f"# %% [markdown]\n# {text}, in the recorded run")
     run = [entry("a.loss", 0.5), entry("a.many", 1.0, "one"), entry("a.many", 2.0, "two")]
+    run += [entry("a.twice", 1.0), entry("a.twice", 2.0)]
     (problem,) = unfilled(from_script(sample), run)
     assert message in problem
 

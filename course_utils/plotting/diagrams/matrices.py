@@ -19,7 +19,7 @@ from course_utils.plotting.diagrams.drawing import (
 )
 from course_utils.plotting.style import COLOURS, new_figure, styled
 
-MAX_ROWS, MAX_COLUMNS = 8, 6
+MAX_ROWS, MAX_COLUMNS = 8, 5
 MAX_STEP_ROWS, MAX_STEP_COLUMNS, STEPS = 4, 5, 3
 MAX_TOKENS, MAX_FEATURES = 256, 600  # about one pixel each
 
@@ -28,7 +28,7 @@ MAX_TOKENS, MAX_FEATURES = 256, 600  # about one pixel each
 def four_matrices(W: Tensor, codes: Tensor, reconstruction: Tensor) -> Figure:
     """A small matrix four times: its floats, their codes, what the codes stand for, and the error.
 
-    All three are `[out, in]`, at most 8 by 6. Float and reconstruction share one colour scale, from
+    All three are `[out, in]`, at most 8 by 5. Float and reconstruction share one colour scale, from
     blue (negative) to red; the error has its own. For `foundations/linear_mapping`, and wherever a
     method is first shown by hand. Raises ValueError for other shapes.
     """
@@ -47,7 +47,7 @@ def four_matrices(W: Tensor, codes: Tensor, reconstruction: Tensor) -> Figure:
         "integer codes q": (codes, 0, lambda code: SEQUENTIAL(0.8 * span(code))),
         "reconstruction S (q \N{MINUS SIGN} Z)": (reconstruction, places, _diverging(reach)),
         "error, W \N{MINUS SIGN} S (q \N{MINUS SIGN} Z)": (
-            error, decimals(error, 2), _diverging(float(error.abs().max()))
+            error, min(decimals(error, 2), 3 if narrow else 4), _diverging(float(error.abs().max()))
         ),
     }  # fmt: skip
     figure, axes = new_figure(1, 4, height=0.5 + 2.1 * len(W) / W.shape[1])
@@ -81,8 +81,7 @@ def gptq_steps(W: Tensor, Q: Tensor, U: Tensor) -> Figure:
     _refuse_matrix(W, MAX_STEP_ROWS, MAX_STEP_COLUMNS)
     if W.shape[1] < STEPS:
         raise ValueError(f"{STEPS} steps need {STEPS} columns, W has {W.shape[1]}")
-    before, after, digits = W.clone(), W.clone(), decimals(W)
-    steps = []
+    before, steps = W, []
     for i in range(STEPS):
         error = (before[:, i] - Q[:, i]) / U[i, i]  # [out]
         after = before.clone()
@@ -94,6 +93,7 @@ def gptq_steps(W: Tensor, Q: Tensor, U: Tensor) -> Figure:
     rows, columns = W.shape
     figure, axes = new_figure(1, STEPS, height=0.75 + 2.9 * (rows + 1) / columns)
     figure.get_layout_engine().set(wspace=0.04, h_pad=0.1)
+    digits = decimals(W, 2 if columns > 4 else 3)
     for axis, (i, after, change) in zip(axes, steps, strict=True):
         canvas(axis, columns, rows + 1)
         axis.set_aspect("equal")
@@ -113,7 +113,8 @@ def _step(axis: Axes, i: int, after: Tensor, change: Tensor, colour_of, digits: 
             text = signed(value, digits)
             if j >= i:
                 text += f"\n({'+' if moved > 0 else ''}{signed(moved, digits)})"
-            cell(axis, j, rows - 1 - r, DONE if j < i else colour_of(moved), text)
+            cell(axis, j, rows - 1 - r, DONE if j < i else colour_of(moved), text,
+                 fontsize=7.5 if columns > 4 else 8)  # fmt: skip
     axis.add_patch(Rectangle((i, 0), 1, rows, fill=False, edgecolor="black", linewidth=2))
     for j in range(i + 1, columns):
         arrow(axis, (i + 0.5, rows + 0.05), (j + 0.5, rows + 0.05), COLOURS["red"],
@@ -166,12 +167,13 @@ def activation_heatmap(x: Tensor, outliers: list[int]) -> Figure:
 
 
 def _apart(places: list[int], gap: float, end: float) -> list[tuple[float, int]]:
-    """(where to write, what) for labels at `places` in ascending order, at least `gap` apart."""
-    written: list[float] = []
-    for place in places:
-        written.append(max(place, written[-1] + gap) if written else place)
-    over = max(0.0, written[-1] - end) if written else 0.0
-    return [(place - over, name) for place, name in zip(written, places, strict=True)]
+    """(where to write, what) for labels at ascending `places`: `gap` apart, none beyond `end`."""
+    written = [float(place) for place in places]
+    for i in range(1, len(written)):
+        written[i] = max(written[i], written[i - 1] + gap)
+    for i in reversed(range(len(written))):  # those that were pushed off at the end, back again
+        written[i] = min(written[i], end - gap * (len(written) - 1 - i))
+    return list(zip(written, places, strict=True))
 
 
 def _refuse_matrix(W: Tensor, rows: int, columns: int) -> None:

@@ -73,11 +73,14 @@ def _fillings(nb: NotebookNode) -> Iterator[tuple[int, NotebookNode, re.Match]]:
 def _number(found: re.Match, recorded: list[dict]) -> str:
     """What stands for a filling; `LookupError` tells why nothing does."""
     key, model = found["key"], found["model"]
-    values = {e["model"]: e["value"] for e in recorded if e["key"] == key}
+    of_key = [entry for entry in recorded if entry["key"] == key]
+    values = {entry["model"]: entry["value"] for entry in of_key}
     if not values:
         near = difflib.get_close_matches(key, sorted({e["key"] for e in recorded}), n=3)
         hint = f"near to it are {', '.join(near)}" if near else "no key is near to it"
         raise LookupError(f"the run recorded nothing as {key}; {hint}")
+    if len(values) < len(of_key):
+        raise LookupError("recorded by several protocols: give each a key of its own")
     if model is None and len(values) > 1:
         raise LookupError(f"recorded for several models: write {key}@MODEL, one of {_list(values)}")
     if model is not None and model not in values:
