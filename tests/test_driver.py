@@ -355,6 +355,19 @@ def test_an_altered_byte_of_a_checkpoint_is_noticed(name, tmp_path):
         quantize_model(tiny_llama(), method, calibration=tokens, checkpoint=tmp_path)
 
 
+def test_an_altered_setting_of_a_checkpoint_is_noticed(tmp_path):
+    """The same codes with other bits are another weight."""
+    method, tokens = GPTQ(group_size=8), some_tokens(3, 17)
+    quantize_model(tiny_llama(), method, calibration=tokens, checkpoint=tmp_path)
+    file = tmp_path / "model.layers.1.safetensors"
+    content = file.read_bytes()
+    altered = content.replace(b'n_bits\\": 4', b'n_bits\\": 8')
+    assert altered != content
+    file.write_bytes(altered)
+    with pytest.raises(ValueError, match=r"layers\.1\.safetensors .*not those that were written"):
+        quantize_model(tiny_llama(), method, calibration=tokens, checkpoint=tmp_path)
+
+
 @pytest.mark.parametrize("name", ["progress", "model.layers.1"])
 def test_a_damaged_checkpoint_is_refused(name, tmp_path):
     method, tokens = GPTQ(group_size=8), some_tokens(3, 17)

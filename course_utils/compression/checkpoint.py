@@ -4,8 +4,8 @@ A file for each block holds all its tensors as quantization left them, what desc
 layers, and their reports. `progress.safetensors`, written after it, says how many blocks are finished, and
 holds the inputs of the next one. It also holds the run's fingerprint, a hash of the float model with its
 configuration, of the methods and of the calibration tokens, so that no block of another run gets in.
-Each file holds a hash of its tensors: altered bytes would still be weights. Writing and reading the
-inputs takes their memory once more for that moment.
+Each file holds a hash of its tensors and of their description: altered, they would still be a model.
+Writing and reading the inputs takes their memory once more for that moment.
 """
 
 import hashlib
@@ -104,21 +104,26 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _signature(tensors: Mapping[str, Tensor], described: str) -> str:
+    return hashlib.sha256((described + _digest(tensors)).encode()).hexdigest()
+
+
 def _write(file: Path, tensors: Mapping[str, Tensor], made: dict) -> None:
     with replacing(file) as partial:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        described = json.dumps(made | {"sha256": _digest(contiguous)})
-        save_file(contiguous, partial, metadata={"made": described})
+        described = json.dumps(made)
+        sha256 = _signature(contiguous, described)
+        save_file(contiguous, partial, metadata={"made": described, "sha256": sha256})
 
 
 def _read(file: Path, device: torch.device) -> tuple[dict[str, Tensor], dict]:
     try:
         with safe_open(file, "pt", device=str(device)) as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            made = json.loads(opened.metadata()["made"])
-        if made["sha256"] != _digest(tensors):
+            metadata = opened.metadata()
+        if metadata["sha256"] != _signature(tensors, metadata["made"]):
             raise ValueError("its tensors are not those that were written")
-        return tensors, made
+        return tensors, json.loads(metadata["made"])
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise ValueError(
             f"{file} cannot be read ({error}): give checkpoint= an empty folder, and start again"
