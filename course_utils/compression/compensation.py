@@ -43,9 +43,9 @@ def compensate(
         for i in range(start, stop, width):
             j = i + width
             w = block[:, i - start : j - start]  # [out, width]
-            change = w - rounding(i, w, E[:, start:i])
-            E[:, i:j] = _over(change, U[i:j, i:j])
-            block[:, j - start :].addmm_(E[:, i:j], U[i:j, j:stop], alpha=-1)
+            E_i = _over(w - rounding(i, w, E[:, start:i]), U[i:j, i:j])
+            block[:, j - start :].addmm_(E_i, U[i:j, j:stop], alpha=-1)
+            E[:, i:j] = E_i
         W[:, stop:].addmm_(E[:, start:stop], U[start:stop, stop:], alpha=-1)
     return E
 
@@ -53,5 +53,5 @@ def compensate(
 def _over(change: Tensor, factor: Tensor) -> Tensor:
     """`change` `[out, width]` times the inverse of the upper triangular `factor` `[width, width]`."""
     if len(factor) == 1:
-        return change / factor  # exact rounding, which a triangular solver need not give
+        return change.div_(factor)  # exact rounding, which a triangular solver need not give
     return torch.linalg.solve_triangular(factor, change, upper=True, left=False)

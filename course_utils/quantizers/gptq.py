@@ -104,7 +104,8 @@ def gptq_codes(
         known = empty, torch.empty_like(empty, dtype=torch.int32)
         first_columns = range(0, columns, size)
     scale, zero_point = known  # [out, groups]
-    S, Z = scale.to(W.dtype), zero_point.to(W.dtype)
+    # [groups, out, 1]: the grid of each group in one piece of memory
+    S, Z = (grid.T.to(W.dtype).contiguous()[..., None] for grid in known)
     codes, groups = torch.empty_like(W, dtype=torch.uint8), group_of.tolist()
 
     def nearest(i: int, w: Tensor, pending: Tensor) -> Tensor:
@@ -115,20 +116,21 @@ def gptq_codes(
             if current_groups:
                 group = group - pending @ U[i - pending.shape[1] : i, i : i + size]
             scale[:, g], zero_point[:, g] = find(group)
-            S[:, g], Z[:, g] = scale[:, g], zero_point[:, g]
-        q = (w / S[:, g, None]).round_().add_(Z[:, g, None]).clamp_(low, high)
+            S[g, :, 0], Z[g, :, 0] = scale[:, g], zero_point[:, g]
+        s, z = S[g], Z[g]  # [out, 1]
+        q = (w / s).round_().add_(z).clamp_(low, high)
         codes[:, i : i + 1] = q
-        return q.sub_(Z[:, g, None]).mul_(S[:, g, None])
+        return q.sub_(z).mul_(s)
 
     errors = compensate(W, U, nearest, block_size=block_size)
 
     back = order.argsort()
     return GPTQCodes(
-        codes[:, back].contiguous(),
+        codes.T[back].T.contiguous(),
         scale,
         zero_point,
         group_of[back].int(),
-        errors[:, back].square() / 2,
+        errors.T[back].T.square_().div_(2),
     )
 
 
