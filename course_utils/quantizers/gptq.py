@@ -17,14 +17,13 @@ from torch import Tensor
 
 from course_utils.compression.base import (
     Method,
-    check_switches,
+    check_settings,
     check_weight,
     dequantized_linear,
 )
 from course_utils.compression.compensation import compensate
 from course_utils.compression.hessian import Hessian, check_hessian, inverse_factor
 from course_utils.grids.uniform import (
-    check_settings,
     code_range,
     dequantize,
     group_width,
@@ -180,8 +179,7 @@ class GPTQ(Method):
     weight_type: ClassVar[type] = GPTQWeight
 
     def __post_init__(self):
-        check_switches(self)
-        check_settings(self.n_bits, self.group_size, self.scale_dtype, wide_groups=("row",))
+        check_settings(self, wide_groups=("row",))
         if type(self.block_size) is not int or self.block_size < 1:
             raise ValueError(f"block_size {self.block_size!r}: choose a positive number")
         if self.static_groups and self.current_groups:
@@ -195,6 +193,11 @@ class GPTQ(Method):
     def check_shape(self, out: int, columns: int) -> None:
         """Refuse columns that groups of this size do not divide."""
         group_width(self.group_size, columns)
+
+    @property
+    def wants_statistics(self) -> bool:
+        """Always: the Hessian."""
+        return True
 
     def new_statistics(self, in_features: int, device: torch.device) -> Hessian:
         """The Hessian, still without inputs."""

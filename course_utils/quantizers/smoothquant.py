@@ -68,6 +68,16 @@ class SmoothQuant(Method):
         if self.inputs not in ("per_token", "static"):
             raise ValueError(f"inputs {self.inputs!r}: choose 'per_token' or 'static'")
 
+    def check_block(self, block: nn.Module) -> None:
+        """Refuse blocks whose norms are not known, and those with a layer behind a norm that is not float."""
+        for group in norm_groups(block):
+            for name in group.layers:
+                if not isinstance(layer := block.get_submodule(name), nn.Linear | Conv1D):
+                    raise ValueError(
+                        f"layer {name} reads a norm, and has no float weight to fold its factors into: it is a "
+                        f"{type(layer).__name__}. Smooth a block before its layers are quantized."
+                    )
+
     def prepare(self, block: nn.Module, inputs: BlockInputs) -> None:
         """Divide what the block's norms put out by the factors, and multiply the layers they feed."""
         groups = norm_groups(block)
@@ -85,9 +95,14 @@ class SmoothQuant(Method):
             for layer in layers:
                 layer.weight.mul_(factors)
 
-    def new_statistics(self, in_features: int, device: torch.device) -> FeatureMaxima | None:
-        """The inputs' maxima, for their static scale."""
-        return FeatureMaxima(in_features, device) if self.inputs == "static" else None
+    @property
+    def wants_statistics(self) -> bool:
+        """With `inputs="static"`: the inputs' maxima."""
+        return self.inputs == "static"
+
+    def new_statistics(self, in_features: int, device: torch.device) -> FeatureMaxima:
+        """The inputs' maxima, for their static scale; still without inputs."""
+        return FeatureMaxima(in_features, device)
 
     def quantize(self, weight: Tensor, statistics: FeatureMaxima | None = None) -> Int8Weight:
         """Codes of each row of a smoothed `weight` `[out, in]`, rounded half to even, -127..127."""
