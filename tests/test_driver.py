@@ -54,6 +54,7 @@ class Probe(Method):
     name: ClassVar[str] = "probe"
     weight_type: ClassVar[type] = Int8Weight
     prefix: ClassVar[str] = "quantized"
+    wants_statistics: ClassVar[bool] = True
 
     def prepare(self, block: nn.Module, inputs: BlockInputs) -> None:
         self.record.hidden.append(inputs.hidden.clone())
@@ -62,8 +63,7 @@ class Probe(Method):
 
     def new_statistics(self, in_features: int, device: torch.device) -> Seen:
         seen = Seen()
-        if in_features > 1:  # not the driver's question whether there are any
-            self.record.held.append(weakref.ref(seen))
+        self.record.held.append(weakref.ref(seen))
         return seen
 
     def quantize(self, weight: Tensor, statistics: Seen | None = None) -> Int8Weight:

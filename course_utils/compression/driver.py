@@ -47,7 +47,11 @@ def naming(what: str) -> Iterator[None]:
 def quantize_layer(
     layer: LinearLayer, method: Method, statistics: Statistics | None = None
 ) -> tuple[QuantizedLinear, LayerReport]:
-    """The layer that takes the place of `layer`, and its report, with an output error if statistics tell."""
+    """The layer that takes the place of `layer`, and its report, with an output error if statistics tell.
+
+    `method` is the one that was asked for: the layer gets `method.for_layer`.
+    """
+    method = method.for_layer(layer.name)
     start = time.perf_counter()
     with naming(f"layer {layer.name}"):
         weight = method.quantize(layer.weight, statistics)
@@ -99,18 +103,19 @@ def quantize_blocks(
     ask for what cannot be had together, or if the folder's blocks are of another run.
     """
     prefix = _prefix(methods)
-    _check_blocks(model, methods)
+    last = _check_blocks(model, methods)
     inputs = BlockInputs.of_first_block(model, tokens)
     kept = Checkpoint.of_run(checkpoint, model, methods, tokens) if checkpoint else None
     finished = kept.finished(inputs) if kept else 0
     reports = []
     for number, (name, block) in enumerate(
-        tqdm(blocks(model), disable=not progress, desc="blocks")
+        tqdm(blocks(model)[: last + 1], disable=not progress, desc="blocks")
     ):
         if number < finished:
             reports += kept.restore(name, block)
             continue
-        new = _quantize_block(name, block, methods, inputs, prefix)
+        advance = None if number == last else prefix
+        new = _quantize_block(name, block, methods, inputs, advance)
         if kept:
             kept.save(name, block, new, number + 1, inputs)
         reports += new
@@ -122,9 +127,9 @@ def _quantize_block(
     block: nn.Module,
     methods: Mapping[str, Method],
     inputs: BlockInputs,
-    prefix: Literal["quantized", "float"],
+    advance: Literal["quantized", "float"] | None,
 ) -> list[LayerReport]:
-    """Replace the layers of one block, and make `inputs` those of the next."""
+    """Replace the layers of one block; `inputs` become those of the next, by the block in that form."""
     own = _own(name, block, methods)
     if method := _rewriting(name, own):
         with naming(f"block {name}"):
@@ -133,10 +138,10 @@ def _quantize_block(
     quantized = {
         layer: quantize_layer(layer, method, statistics.get(layer)) for layer, method in own.items()
     }
-    reports = _output_errors(block, inputs, quantized, advance=prefix == "float")
+    reports = _output_errors(block, inputs, quantized, advance=advance == "float")
     for layer, (module, _) in quantized.items():
         replace_module(block, layer.name.removeprefix(f"{name}."), module)
-    if prefix == "quantized":
+    if advance == "quantized":
         inputs.advance(block)
     return reports
 
@@ -149,6 +154,7 @@ def _statistics(
     Layers that read the same tensor, as queries, keys and values do, have one together if their
     method is the same.
     """
+    own = {layer: method.for_layer(layer.name) for layer, method in own.items()}
     wanting = [layer for layer, method in own.items() if method.wants_statistics]
     statistics: dict[LinearLayer, Statistics] = {}
     if not wanting:
@@ -193,24 +199,33 @@ def _own(name: str, block: nn.Module, methods: Mapping[str, Method]) -> dict[Lin
     return {layer: methods[layer.name] for layer in layers if layer.name in methods}
 
 
-def _check_blocks(model: nn.Module, methods: Mapping[str, Method]) -> None:
-    """Refuse now what would fail halfway through, or be passed over."""
-    outside = dict.fromkeys(methods)
-    for name, block in blocks(model):
+def _check_blocks(model: nn.Module, methods: Mapping[str, Method]) -> int:
+    """Refuse now what would fail halfway through, or be passed over; the last block with a layer to quantize."""
+    outside, last = dict.fromkeys(methods), 0
+    for number, (name, block) in enumerate(blocks(model)):
         own = _own(name, block, methods)
-        _rewriting(name, own)
+        if method := _rewriting(name, own):
+            with naming(f"block {name}"):
+                method.check_block(block)
         for layer in own:
             del outside[layer.name]
+            last = number
     if outside:
         raise ValueError(
             "these layers lie in none of the decoder blocks, so no calibration reaches them: "
             f"{', '.join(outside)}. Name the layers to quantize in a mapping, without these."
         )
+    return last
 
 
 def _prefix(methods: Mapping[str, Method]) -> Literal["quantized", "float"]:
     """The prefix that the methods agree on; the float one if they look at no inputs."""
-    wanted = {method.prefix: method for method in methods.values() if method.needs_calibration}
+    wanted = {
+        method.prefix: method
+        for name, asked in methods.items()
+        for method in (asked, asked.for_layer(name))
+        if method.needs_calibration
+    }
     if len(wanted) > 1:
         raise ValueError(
             "these methods cannot be calibrated in one pass, since the blocks before are float for one and "
@@ -296,10 +311,15 @@ class _Error:
         self.difference = self.power = 0.0
 
     def add(self, exact: Tensor, approximate: Tensor) -> None:
-        self.difference += (exact.float() - approximate.float()).square().sum().item()
-        self.power += exact.float().square().sum().item()
+        self.difference += _sum_of_squares(exact.float() - approximate.float())
+        self.power += _sum_of_squares(exact)
 
     @property
     def relative(self) -> float:
         """|exact - approximate|^2 / |exact|^2; 0 where all that is exact is zero."""
         return self.difference / self.power if self.power else 0.0
+
+
+def _sum_of_squares(x: Tensor) -> float:
+    """In float64, since the square of a large weight may be too large for float32."""
+    return torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2

@@ -92,7 +92,8 @@ def quantize_model(
         folder = None if checkpoint is None else Path(checkpoint)
         reports = quantize_blocks(model, methods, calibration, checkpoint=folder, progress=progress)
     mark_quantized(model)
-    return Report(method, reports)
+    used = {report.name: model.get_submodule(report.name).method for report in reports}
+    return Report(method if all(m == method for m in used.values()) else used, reports)
 
 
 def _by_layer(model: nn.Module, method: Method | Mapping[str, Method]) -> Mapping[str, Method]:
@@ -128,7 +129,7 @@ def _by_layer(model: nn.Module, method: Method | Mapping[str, Method]) -> Mappin
             )
         with naming(f"layer {name}"):
             check_weight(layers[name].weight)
-            chosen.check_shape(*layers[name].weight.shape)
+            chosen.for_layer(name).check_shape(*layers[name].weight.shape)
     return methods
 
 
@@ -137,7 +138,7 @@ def _quantize_layers(
 ) -> list[LayerReport]:
     """Replace the layers without looking at any inputs; all of them, or none if one is refused."""
     for name, method in methods.items():
-        if method.needs_calibration:
+        if method.needs_calibration or method.for_layer(name).needs_calibration:
             raise ValueError(
                 f"layer {name}: {method} looks at the layer's inputs. Give quantize_model "
                 "calibration=calibration_tokens(tokenizer, sequences, length)."

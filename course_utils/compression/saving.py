@@ -235,7 +235,7 @@ def _digest(module: QuantizedLinear) -> str:
 
 def _hash_of(layers: dict) -> str:
     """SHA-256 of the layers' descriptions."""
-    return hashlib.sha256(json.dumps(layers, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(layers, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _spec(tensor: torch.Tensor) -> list:

@@ -6,6 +6,7 @@ module is the one place of the course that knows.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,14 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{name}.{i}", block) for i, block in enumerate(modules)]
 
 
+class Call(NamedTuple):
+    """One call of a module: what it got, by position and by name, and what it returned."""
+
+    args: tuple
+    kwargs: dict
+    output: object
+
+
 class BlockInputs:
     """What a decoder block is called with, on every calibration sequence.
 
@@ -125,6 +134,23 @@ class BlockInputs:
             self.sequence = number
             output = block(hidden, *self.args, **self.kwargs)
             yield output[0] if isinstance(output, tuple) else output
+
+    def calls(self, block: nn.Module, name: str) -> Iterator[Call]:
+        """The calls of `block`'s submodule `name` (dotted path), one sequence after the other.
+
+        No more than one sequence's are held. What a call got and returned are the very tensors, so
+        `block.get_submodule(name)(*call.args, **call.kwargs)` repeats it.
+        """
+        seen: list[Call] = []
+        handle = block.get_submodule(name).register_forward_hook(
+            lambda _, args, kwargs, output: seen.append(Call(args, kwargs, output)), with_kwargs=True
+        )
+        try:
+            for _ in self.outputs(block):
+                yield from seen
+                seen.clear()
+        finally:
+            handle.remove()
 
     def advance(self, block: nn.Module) -> None:
         """Become the inputs of the block after `block`, in the same memory."""

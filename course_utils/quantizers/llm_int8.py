@@ -53,7 +53,8 @@ class Int8Weight(QuantizedWeight):
 
     def dequantize(self, columns: Tensor | slice = slice(None)) -> Tensor:
         """The weight in float32, or some `columns` of it: code * absmax / 127."""
-        return self.codes[:, columns].float() * self.absmax[:, None] * (1 / 127)
+        # bitsandbytes' product and bits, but for the power of two: 127 * absmax may overflow.
+        return self.codes[:, columns].float() * 2**-7 * self.absmax[:, None] * (2**7 / 127)
 
 
 def int8_linear(codes: Tensor, absmax: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
@@ -62,7 +63,8 @@ def int8_linear(codes: Tensor, absmax: Tensor, weight: Int8Weight, bias: Tensor 
     The inputs are `codes` (int8 `[tokens, in]`) with the `absmax` (float32 `[tokens]`) of each token.
     """
     product = int8_matmul(codes, weight.codes)  # int32 [tokens, out]
-    y = product * (absmax[:, None] * weight.absmax) * (1 / 127**2)
+    # One scale after the other: their product alone may be too large or too small for float32.
+    y = product * (absmax * (1 / 127))[:, None] * (weight.absmax * (1 / 127))
     return y if bias is None else y + bias
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from course_utils.compression.base import Method, check_weight
 from course_utils.compression.driver import gather
 from course_utils.models.structure import norm_groups
-from course_utils.models.walk import BlockInputs, LinearLayer
+from course_utils.models.walk import BlockInputs, LinearLayer, linear_layers
 from course_utils.quantizers.llm_int8 import Int8Weight, int8_linear, vectorwise_quantize
 
 SMALLEST = 1e-5  # the authors' lower bound of a weight's maximum, and of a factor
@@ -70,13 +70,13 @@ class SmoothQuant(Method):
 
     def check_block(self, block: nn.Module) -> None:
         """Refuse blocks whose norms are not known, and those with a layer behind a norm that is not float."""
-        for group in norm_groups(block):
-            for name in group.layers:
-                if not isinstance(layer := block.get_submodule(name), nn.Linear | Conv1D):
-                    raise ValueError(
-                        f"layer {name} reads a norm, and has no float weight to fold its factors into: it is a "
-                        f"{type(layer).__name__}. Smooth a block before its layers are quantized."
-                    )
+        layers = {layer.name for layer in linear_layers(block)}
+        for name in (name for group in norm_groups(block) for name in group.layers):
+            if name not in layers:
+                raise ValueError(
+                    f"layer {name} reads a norm, and has no float weight to fold the factors into: it is a "
+                    f"{type(block.get_submodule(name)).__name__}. Smooth a block before its layers are quantized."
+                )
 
     def prepare(self, block: nn.Module, inputs: BlockInputs) -> None:
         """Divide what the block's norms put out by the factors, and multiply the layers they feed."""
