@@ -74,7 +74,9 @@ class QuantizedWeight:
     def layout_bytes(self) -> int:
         """Bytes of the layouts that kernels have asked for so far."""
         made = vars(self).get("_layouts", {}).values()
-        tensors = [t for layout in made for t in ([layout] if isinstance(layout, Tensor) else layout)]
+        tensors = [
+            t for layout in made for t in ([layout] if isinstance(layout, Tensor) else layout)
+        ]
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -275,6 +277,16 @@ class _DecodedGradient(torch.autograd.Function):
         return None, None, of_x, of_bias, *(None for _ in ctx.names)
 
 
+def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn`, as a module's `.to()` applies it to each tensor, but for a change of dtype."""
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return move
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer that holds a `QuantizedWeight` and nothing of the float weight."""
 
@@ -303,13 +315,8 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         """Follow the model to its device, but not to its dtype: scales are what the method stored."""
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
         self._forget()
-        return super()._apply(move, recurse)
+        return super()._apply(keeping_dtype(fn), recurse)
 
     def _load_from_state_dict(self, *args, **kwargs):
         self._forget()

@@ -28,8 +28,12 @@ from course_utils.compression.saving import describe, empty_layer
 from course_utils.files import replacing
 from course_utils.models.walk import BlockInputs, replace_module
 
-
-SHARED = ("compression", "grids", "kernels", "models")  # folders of code that all methods run through
+SHARED = (
+    "compression",
+    "grids",
+    "kernels",
+    "models",
+)  # folders of code that all methods run through
 LIBRARIES = ("torch", "transformers")
 
 
@@ -113,7 +117,9 @@ def _code(methods: Mapping[str, Method]) -> str:
     for name, asked in methods.items():
         for method in (asked, asked.for_layer(name)):
             for kind in (*type(method).__mro__, *method.weight_type.__mro__):
-                file = getattr(sys.modules[kind.__module__], "__file__", None)  # a notebook has none
+                file = getattr(
+                    sys.modules[kind.__module__], "__file__", None
+                )  # a notebook has none
                 files |= {Path(file)} if file else set()
     return "".join(f"{file}\n{file.read_text('utf-8')}" for file in sorted(files))
 

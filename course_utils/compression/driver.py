@@ -200,7 +200,7 @@ def _own(name: str, block: nn.Module, methods: Mapping[str, Method]) -> dict[Lin
 
 
 def _check_blocks(model: nn.Module, methods: Mapping[str, Method]) -> int:
-    """Refuse now what would fail halfway through, or be passed over; the last block with a layer to quantize."""
+    """Refuse now what would fail halfway through, or be passed over; returns the last block to quantize."""
     outside, last = dict.fromkeys(methods), 0
     for number, (name, block) in enumerate(blocks(model)):
         own = _own(name, block, methods)

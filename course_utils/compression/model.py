@@ -2,9 +2,10 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from tqdm.std import tqdm
 
 from course_utils.compression.base import LayerReport, Method, check_weight
 from course_utils.compression.driver import naming, quantize_blocks, quantize_layer
+from course_utils.compression.embedding import check_embeddings, quantize_embeddings
 from course_utils.compression.saving import mark_quantized
 from course_utils.models.walk import linear_layers, replace_module
 
@@ -22,6 +24,8 @@ class Report:
 
     method: Method | Mapping[str, Method]
     layers: list[LayerReport]
+    # the embedding and, where it is not tied, the LM head, if they were asked for; not in the sums below
+    embeddings: list[LayerReport] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -48,6 +52,8 @@ class Report:
             method = ", ".join(f"{n} x {m}" for m, n in Counter(method.values()).items())
         errors = [layer.output_error for layer in self.layers if layer.output_error is not None]
         output = f", output error up to {max(errors):.1e}" if errors else ""
+        if self.embeddings:
+            output += f", embeddings in {sum(e.nbytes for e in self.embeddings):,} bytes"
         return (
             f"{method}: {len(self.layers)} layers, {self.weights:,} weights in {self.nbytes:,} bytes "
             f"= {self.bits_per_weight:.3f} bits per weight{output}, {self.seconds:.1f} s"
@@ -60,18 +66,19 @@ def quantize_model(
     method: Method | Mapping[str, Method],
     *,
     calibration: Tensor | None = None,
+    embeddings: Literal["int8"] | None = None,
     checkpoint: Path | str | None = None,
     progress: bool = False,
 ) -> Report:
     """Replace the linear layers of `model`, in place, by `QuantizedLinear`; returns the report.
 
     All of them by one `method`, or those that a mapping names, each by its own; layers that it does not
-    name stay float, and so do embeddings and LM head. With `calibration` `[sequences, length]` token
-    ids, layers are quantized block by block (`driver.quantize_blocks`), and the report holds each
-    layer's relative output error. Each block that is finished goes into the folder `checkpoint` if one is
-    given, and the same call takes those that it holds from there: it goes on where it was stopped. The
-    result is saved by `model.save_pretrained` and loaded by
-    `from_pretrained`, packed.
+    name stay float. So do embedding and LM head, unless `embeddings` is "int8": then both become rows of
+    int8 codes when all layers are done, tied ones once (`compression.embedding`). With `calibration`
+    `[sequences, length]` token ids, layers are quantized block by block (`driver.quantize_blocks`), and the
+    report holds each layer's relative output error. Each block that is finished goes into the folder
+    `checkpoint` if one is given, and the same call takes those that it holds from there: it goes on where
+    it was stopped. The result is saved by `model.save_pretrained` and loaded by `from_pretrained`, packed.
 
     Raises `ValueError` or `TypeError` for weights that no method takes or that its settings do not fit
     (groups that do not divide the columns), for calibration that the model cannot read, for names that
@@ -79,7 +86,11 @@ def quantize_model(
     looks at inputs without calibration; the model is whole then. Should something be wrong first in a
     later block (NaN in its inputs), the blocks before are quantized already: load the model again.
     """
+    if embeddings not in (None, "int8"):
+        raise ValueError(f"embeddings {embeddings!r}: choose 'int8', or None to leave them float")
     methods = _by_layer(model, method)
+    if embeddings:
+        check_embeddings(model)
     if checkpoint is not None and calibration is None:
         raise ValueError(
             f"checkpoint {str(checkpoint)!r} without calibration: blocks are kept one by one only where "
@@ -91,9 +102,12 @@ def quantize_model(
         _check_calibration(model, calibration)
         folder = None if checkpoint is None else Path(checkpoint)
         reports = quantize_blocks(model, methods, calibration, checkpoint=folder, progress=progress)
+    embedding_reports = quantize_embeddings(model) if embeddings else []
     mark_quantized(model)
     used = {report.name: model.get_submodule(report.name).method for report in reports}
-    return Report(method if all(m == method for m in used.values()) else used, reports)
+    return Report(
+        method if all(m == method for m in used.values()) else used, reports, embedding_reports
+    )
 
 
 def _by_layer(model: nn.Module, method: Method | Mapping[str, Method]) -> Mapping[str, Method]:

@@ -22,6 +22,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from course_utils.compression.base import Method, QuantizedLinear
+from course_utils.compression.embedding import describe_embeddings, place_empty_embeddings
 from course_utils.compression.methods import get_method
 from course_utils.models.walk import LinearLayer, replace_module
 
@@ -49,12 +50,21 @@ model = {model}.from_pretrained("the path of this folder")
 class CourseQuantizationConfig(QuantizationConfigMixin):
     """The quantized layers by name: method, settings and layout of each (`describe`); all of it JSON.
 
-    `sha256` is that of all the descriptions.
+    `embeddings` are described likewise (`describe_embeddings`), if they are quantized. `sha256` is that of
+    all the descriptions.
     """
 
-    def __init__(self, layers: dict, sha256: str = "", quant_method: str = FORMAT, **_):
+    def __init__(
+        self,
+        layers: dict,
+        embeddings: dict | None = None,
+        sha256: str = "",
+        quant_method: str = FORMAT,
+        **_,
+    ):
         self.quant_method = quant_method
         self.layers = layers
+        self.embeddings = embeddings or {}
         self.sha256 = sha256
 
 
@@ -90,7 +100,10 @@ class CourseQuantizer(HfQuantizer):
             module.weight = original.weight.detach()
             module.weight._is_hf_initialized = True
             replace_module(model, name, module)
-        if self.quantization_config.sha256 != _hash_of(self.quantization_config.layers):
+        place_empty_embeddings(model, self.quantization_config.embeddings)
+        if self.quantization_config.sha256 != _hash_of(
+            self.quantization_config.layers, self.quantization_config.embeddings
+        ):
             raise ValueError(
                 "config.json does not describe the quantized layers as they were saved: settings or layers "
                 "were altered. Save the quantized model again."
@@ -104,15 +117,27 @@ class CourseQuantizer(HfQuantizer):
             # What is missing would stay memory that nothing has written to. It can hold anything, the right
             # bytes of a model that was just freed included, so no hash can tell. A file may have other names
             # than the model: then transformers 5, which renames them, marks what it has read.
-            for key, tensor in module.named_buffers():
-                read = getattr(tensor, "_is_hf_initialized", False)
-                if not read and f"{name}.{key}" not in self._stored:
-                    raise _altered(name)
+            self._check_read(name, module)
             _restore_dtypes(module, entry)
+            if _digest(module) != entry.get("sha256"):
+                raise _altered(name)
+        for name, entry in self.quantization_config.embeddings.items():
+            module = model.get_submodule(name)
+            self._check_read(name, module)
+            for key, dtype in entry["dtypes"].items():
+                owner, _, attribute = key.rpartition(".")
+                tensor = module.get_buffer(key).to(getattr(torch, dtype))
+                setattr(module.get_submodule(owner), attribute, tensor)
             if _digest(module) != entry.get("sha256"):
                 raise _altered(name)
         _save_with_card(model)
         return model
+
+    def _check_read(self, name: str, module: nn.Module) -> None:
+        for key, tensor in module.named_buffers():
+            read = getattr(tensor, "_is_hf_initialized", False)
+            if not read and f"{name}.{key}" not in self._stored:
+                raise _altered(name)
 
     def is_serializable(self, **_) -> bool:
         return True
@@ -156,7 +181,10 @@ def mark_quantized(model: nn.Module) -> None:
         for name, module in model.named_modules()
         if isinstance(module, QuantizedLinear)
     }
-    config = CourseQuantizationConfig(layers, _hash_of(layers))
+    embeddings = describe_embeddings(model)
+    for name, entry in embeddings.items():
+        entry["sha256"] = _digest(model.get_submodule(name))
+    config = CourseQuantizationConfig(layers, embeddings, _hash_of(layers, embeddings))
     model.config.quantization_config = config
     model.hf_quantizer = CourseQuantizer(config)
     model.is_quantized = True
@@ -225,7 +253,7 @@ def describe(module: QuantizedLinear) -> dict:
     }
 
 
-def _digest(module: QuantizedLinear) -> str:
+def _digest(module: nn.Module) -> str:
     """SHA-256 of the bytes of all the layer's tensors, in their order."""
     digest = hashlib.sha256()
     for tensor in module.buffers():
@@ -233,9 +261,10 @@ def _digest(module: QuantizedLinear) -> str:
     return digest.hexdigest()
 
 
-def _hash_of(layers: dict) -> str:
-    """SHA-256 of the layers' descriptions."""
-    return hashlib.sha256(json.dumps(layers, sort_keys=True, default=str).encode()).hexdigest()
+def _hash_of(layers: dict, embeddings: dict) -> str:
+    """SHA-256 of the descriptions."""
+    described = json.dumps([layers, embeddings], sort_keys=True, default=str)
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
 def _spec(tensor: torch.Tensor) -> list:

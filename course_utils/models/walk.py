@@ -143,7 +143,8 @@ class BlockInputs:
         """
         seen: list[Call] = []
         handle = block.get_submodule(name).register_forward_hook(
-            lambda _, args, kwargs, output: seen.append(Call(args, kwargs, output)), with_kwargs=True
+            lambda _, args, kwargs, output: seen.append(Call(args, kwargs, output)),
+            with_kwargs=True,
         )
         try:
             for _ in self.outputs(block):

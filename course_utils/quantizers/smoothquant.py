@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from course_utils.compression.base import Method, check_weight
 from course_utils.compression.driver import gather
+from course_utils.grids.vectorwise import vectorwise_quantize
 from course_utils.models.structure import norm_groups
 from course_utils.models.walk import BlockInputs, LinearLayer, linear_layers
-from course_utils.quantizers.llm_int8 import Int8Weight, int8_linear, vectorwise_quantize
+from course_utils.quantizers.llm_int8 import Int8Weight, int8_linear
 
 SMALLEST = 1e-5  # the authors' lower bound of a weight's maximum, and of a factor
 
@@ -73,9 +74,10 @@ class SmoothQuant(Method):
         layers = {layer.name for layer in linear_layers(block)}
         for name in (name for group in norm_groups(block) for name in group.layers):
             if name not in layers:
+                kind = type(block.get_submodule(name)).__name__
                 raise ValueError(
                     f"layer {name} reads a norm, and has no float weight to fold the factors into: it is a "
-                    f"{type(block.get_submodule(name)).__name__}. Smooth a block before its layers are quantized."
+                    f"{kind}. Smooth a block before its layers are quantized."
                 )
 
     def prepare(self, block: nn.Module, inputs: BlockInputs) -> None:
