@@ -284,6 +284,23 @@ def test_a_smoothed_model_is_close_and_survives_saving(make, inputs, close, tmp_
     assert torch.equal(loaded(tokens).logits, logits)
 
 
+def test_a_block_that_holds_a_quantized_layer_is_refused_before_any_is_touched():
+    """It was an AttributeError, when the blocks before were quantized already."""
+    model = tiny_llama()
+    key = "model.layers.1.self_attn.k_proj"
+    quantize_model(model, {key: PLAIN})
+    before = copy.deepcopy(model.state_dict())
+    message = (
+        r"block model\.layers\.1: layer self_attn\.k_proj .* it is a QuantizedLinear\. Smooth a"
+    )
+    with pytest.raises(ValueError, match=message):
+        quantize_model(model, SmoothQuant(), calibration=some_tokens())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert len(linear_layers(model)) == 13
+    unaffected = [layer.name for layer in linear_layers(model) if ".layers.0." in layer.name]
+    quantize_model(model, dict.fromkeys(unaffected, SmoothQuant()), calibration=some_tokens())
+
+
 def test_course_lm_keeps_its_perplexity():
     model, tokenizer = load_model("course-lm")
     tokens = evaluation_tokens(tokenizer, 1024)

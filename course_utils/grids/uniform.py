@@ -47,8 +47,8 @@ def scale_and_zero_point(
     decode to exact zeros. Otherwise S and Z are those of `torch.ao.quantization`'s observers, which
     replace an S below their eps by eps.
 
-    Raises ValueError for NaN, infinity, minimum > maximum, a width, a scale or an end of the grid that
-    overflows float32, or a grid of fewer than two codes.
+    Raises ValueError for NaN, infinity, minimum > maximum, or where a width, a scale or what
+    an end of the range decodes to overflows float32; also for a grid of fewer than two codes.
     """
     if low >= high:
         raise ValueError(f"a grid of codes {low}..{high} spans no range: low has to be below high")
@@ -67,8 +67,9 @@ def scale_and_zero_point(
         zero_point = torch.full_like(scale, middle)
     else:
         zero_point = (low - (below / scale).round()).clamp(low, high)
-    ends = scale * torch.maximum(zero_point - low, high - zero_point)
-    if (bad := ~(sound & ends.isfinite())).any():
+    lowest = scale * (below / scale).round().clamp(min=low - zero_point)
+    highest = scale * (above / scale).round().clamp(max=high - zero_point)
+    if (bad := ~(sound & lowest.isfinite() & highest.isfinite())).any():
         raise ValueError(
             f"the range [{minimum[bad][0].item()}, {maximum[bad][0].item()}] is no finite float32 "
             "interval: look for NaN, infinite or extremely large values in what it was taken from"
