@@ -322,8 +322,17 @@ class QuantizedLinear(nn.Module):
         self._forget()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` `[..., in]` to `[..., out]`."""
+    def __getattr__(self, name: str):
+        if name == "weight":
+            raise AttributeError(
+                "a quantized layer holds no float weight, and this code reads it: leave the layer float by a "
+                "mapping of layers to methods, or decode it by quantized_weight.dequantize()"
+            )
+        return super().__getattr__(name)
+
+    def forward(self, input: Tensor | None = None, *, x: Tensor | None = None) -> Tensor:
+        """`[..., in]` to `[..., out]`; `nn.Linear` calls its argument `input`, and `Conv1D` `x`."""
+        x = input if x is None else x
         if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
             raise ValueError(
                 f"inputs of this layer are float [..., {self.in_features}], got {x.dtype} {tuple(x.shape)}"
@@ -346,6 +355,7 @@ class LayerReport:
     bits_per_weight: float
     nbytes: int
     weight_error: float  # |W - Q(W)|^2 / |W|^2, with W as `prepare` left it
-    # |x W^T - Q(x) Q(W)^T|^2 / |x W^T|^2 on the calibration tokens, if there were any; without bias
+    # |x W^T - Q(x) Q(W)^T|^2 / |x W^T|^2 on the calibration tokens, without bias; None where it was not
+    # measured: without calibration, or if the layer never ran on it
     output_error: float | None
     seconds: float  # taken by the method's `quantize`

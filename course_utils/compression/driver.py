@@ -26,10 +26,12 @@ from course_utils.compression.base import (
     all_finite,
 )
 from course_utils.compression.checkpoint import Checkpoint
+from course_utils.compression.checks import check_calibrated, check_unshared
 from course_utils.models.walk import (
     BlockInputs,
     LinearLayer,
     blocks,
+    layer_input,
     linear_layers,
     replace_module,
 )
@@ -103,7 +105,11 @@ def quantize_blocks(
     ask for what cannot be had together, or if the folder's blocks are of another run.
     """
     prefix = _prefix(methods)
-    last = _check_blocks(model, methods)
+    layers, last = _check_blocks(model, methods)
+    wanting = [
+        layer for layer, asked in layers.items() if asked.for_layer(layer.name).wants_statistics
+    ]
+    check_calibrated(model, tokens, list(layers), wanting)
     inputs = BlockInputs.of_first_block(model, tokens)
     kept = Checkpoint.of_run(checkpoint, model, methods, tokens) if checkpoint else None
     finished = kept.finished(inputs) if kept else 0
@@ -178,7 +184,10 @@ def _reading_the_same(
     """The layers in groups whose input is one tensor, as running the first sequence shows."""
     read: dict[LinearLayer, list[Tensor]] = {layer: [] for layer in layers}
     handles = [
-        layer.module.register_forward_pre_hook(lambda _, args, of=tensors: of.append(args[0]))
+        layer.module.register_forward_pre_hook(
+            lambda _, args, kwargs, of=tensors: of.append(layer_input(args, kwargs)),
+            with_kwargs=True,
+        )
         for layer, tensors in read.items()
     ]
     try:
@@ -199,23 +208,29 @@ def _own(name: str, block: nn.Module, methods: Mapping[str, Method]) -> dict[Lin
     return {layer: methods[layer.name] for layer in layers if layer.name in methods}
 
 
-def _check_blocks(model: nn.Module, methods: Mapping[str, Method]) -> int:
-    """Refuse now what would fail halfway through, or be passed over; returns the last block to quantize."""
-    outside, last = dict.fromkeys(methods), 0
+def _check_blocks(
+    model: nn.Module, methods: Mapping[str, Method]
+) -> tuple[dict[LinearLayer, Method], int]:
+    """Refuse now what would fail halfway through, or be passed over.
+
+    Returns the layers to quantize with their methods, and the number of the last block that holds one.
+    """
+    layers, last = {}, 0
     for number, (name, block) in enumerate(blocks(model)):
         own = _own(name, block, methods)
         if method := _rewriting(name, own):
+            check_unshared(name, block, model)
             with naming(f"block {name}"):
                 method.check_block(block)
-        for layer in own:
-            del outside[layer.name]
-            last = number
-    if outside:
+        layers |= own
+        last = number if own else last
+    inside = {layer.name for layer in layers}
+    if outside := [name for name in methods if name not in inside]:
         raise ValueError(
             "these layers lie in none of the decoder blocks, so no calibration reaches them: "
             f"{', '.join(outside)}. Name the layers to quantize in a mapping, without these."
         )
-    return last
+    return layers, last
 
 
 def _prefix(methods: Mapping[str, Method]) -> Literal["quantized", "float"]:
@@ -281,20 +296,21 @@ def _watched(
     """While this is open, a layer's watcher gets its inputs `[tokens, in]` and outputs, each time it runs."""
 
     def hook_for(layer: LinearLayer, watch: Callable[[Tensor, Tensor], None]) -> Callable:
-        def hook(_, args: tuple, output: Tensor):
-            x = args[0]
+        def hook(_, args: tuple, kwargs: dict, output: Tensor):
+            x = layer_input(args, kwargs)
             if not all_finite(x):
                 raise ValueError(
                     f"layer {layer.name}: {int((~x.isfinite()).sum())} of its {x.numel()} inputs are NaN or "
                     f"infinite in {x.dtype} on calibration sequence {inputs.sequence}. Repair the "
                     "checkpoint, or load the model in a wider dtype."
                 )
-            watch(x.flatten(0, -2), output.flatten(0, -2))
+            if x.numel():
+                watch(x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1]))
 
         return hook
 
     handles = [
-        layer.module.register_forward_hook(hook_for(layer, watch))
+        layer.module.register_forward_hook(hook_for(layer, watch), with_kwargs=True)
         for layer, watch in watchers.items()
     ]
     try:
@@ -309,14 +325,18 @@ class _Error:
 
     def __init__(self):
         self.difference = self.power = 0.0
+        self.measured = False
 
     def add(self, exact: Tensor, approximate: Tensor) -> None:
+        self.measured = True
         self.difference += _sum_of_squares(exact.float() - approximate.float())
         self.power += _sum_of_squares(exact)
 
     @property
-    def relative(self) -> float:
-        """|exact - approximate|^2 / |exact|^2; 0 where all that is exact is zero."""
+    def relative(self) -> float | None:
+        """|exact - approximate|^2 / |exact|^2; 0 where all that is exact is zero, None if there was none."""
+        if not self.measured:
+            return None
         return self.difference / self.power if self.power else 0.0
 
 

@@ -1,5 +1,6 @@
 """Quantizing a whole model."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,20 +13,35 @@ from torch import Tensor, nn
 from tqdm.std import tqdm
 
 from course_utils.compression.base import LayerReport, Method, check_weight
+from course_utils.compression.checks import check_reads, check_replaceable, checked_calibration
 from course_utils.compression.driver import naming, quantize_blocks, quantize_layer
 from course_utils.compression.embedding import check_embeddings, quantize_embeddings
 from course_utils.compression.saving import mark_quantized
+from course_utils.evaluation import tensor_bytes
 from course_utils.models.walk import linear_layers, replace_module
+
+NOTABLE = 0.1  # share of the blocks' weights that stay float, from which on the report says so
+
+
+@dataclass(frozen=True)
+class FloatPart:
+    """What stays float under one name, the numbers of blocks in it written as `*`."""
+
+    name: str
+    nbytes: int
+    share: float  # of all bytes of the model, once quantized
+    weights: int  # entries of matrices within blocks; 0 for embeddings, head, norms and biases
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `quantize_model` did."""
+    """What `quantize_model` did, and what stays float, the largest part first."""
 
     method: Method | Mapping[str, Method]
     layers: list[LayerReport]
     # the embedding and, where it is not tied, the LM head, if they were asked for; not in the sums below
     embeddings: list[LayerReport] = field(default_factory=list)
+    float_parts: list[FloatPart] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -43,6 +59,12 @@ class Report:
         return 8 * self.nbytes / self.weights
 
     @property
+    def blocks_float_share(self) -> float:
+        """Share of the weights of all blocks (matrices, and stacks of them) that stays float."""
+        left = sum(part.weights for part in self.float_parts)
+        return left / (left + self.weights)
+
+    @property
     def seconds(self) -> float:
         return sum(layer.seconds for layer in self.layers)
 
@@ -52,11 +74,22 @@ class Report:
             method = ", ".join(f"{n} x {m}" for m, n in Counter(method.values()).items())
         errors = [layer.output_error for layer in self.layers if layer.output_error is not None]
         output = f", output error up to {max(errors):.1e}" if errors else ""
+        if errors and (unmeasured := len(self.layers) - len(errors)):
+            output += f" ({unmeasured} layers never ran: not measured)"
         if self.embeddings:
             output += f", embeddings in {sum(e.nbytes for e in self.embeddings):,} bytes"
+        largest = ", ".join(f"{part.name} {part.share:.1%}" for part in self.float_parts[:3])
+        share = sum(part.share for part in self.float_parts)
+        left = f"\nfloat stay {share:.1%} of the bytes: {largest}" if self.float_parts else ""
+        if len(self.float_parts) > 3:
+            left += f", {len(self.float_parts) - 3} more"
+        if self.blocks_float_share > NOTABLE:
+            left += f"\n{self.blocks_float_share:.0%} of the blocks' weights stay float"
+            parts = [part.name for part in self.float_parts if part.weights]
+            left += f": {', '.join(parts)}"
         return (
             f"{method}: {len(self.layers)} layers, {self.weights:,} weights in {self.nbytes:,} bytes "
-            f"= {self.bits_per_weight:.3f} bits per weight{output}, {self.seconds:.1f} s"
+            f"= {self.bits_per_weight:.3f} bits per weight{output}, {self.seconds:.1f} s{left}"
         )
 
 
@@ -99,15 +132,30 @@ def quantize_model(
     if calibration is None:
         reports = _quantize_layers(model, methods, progress=progress)
     else:
-        _check_calibration(model, calibration)
+        calibration = checked_calibration(model, calibration)
         folder = None if checkpoint is None else Path(checkpoint)
         reports = quantize_blocks(model, methods, calibration, checkpoint=folder, progress=progress)
     embedding_reports = quantize_embeddings(model) if embeddings else []
     mark_quantized(model)
     used = {report.name: model.get_submodule(report.name).method for report in reports}
     return Report(
-        method if all(m == method for m in used.values()) else used, reports, embedding_reports
+        method if all(m == method for m in used.values()) else used,
+        reports,
+        embedding_reports,
+        float_parts(model),
     )
+
+
+def float_parts(model: nn.Module) -> list[FloatPart]:
+    """The float parameters of a quantized `model`, alike ones of all blocks together; tied ones once."""
+    total = tensor_bytes(model)
+    nbytes: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        nbytes[pattern] += parameter.nbytes
+        weights[pattern] += parameter.numel() if "*" in pattern and parameter.ndim > 1 else 0
+    return [FloatPart(name, n, n / total, weights[name]) for name, n in nbytes.most_common()]
 
 
 def _by_layer(model: nn.Module, method: Method | Mapping[str, Method]) -> Mapping[str, Method]:
@@ -142,6 +190,7 @@ def _by_layer(model: nn.Module, method: Method | Mapping[str, Method]) -> Mappin
                 "a copy of its own, or take a mapping that does not name it."
             )
         with naming(f"layer {name}"):
+            check_replaceable(layers[name])
             check_weight(layers[name].weight)
             chosen.for_layer(name).check_shape(*layers[name].weight.shape)
     return methods
@@ -158,6 +207,7 @@ def _quantize_layers(
                 "calibration=calibration_tokens(tokenizer, sequences, length)."
             )
     layers = [layer for layer in linear_layers(model) if layer.name in methods]
+    check_reads(model, layers)
     quantized = [
         quantize_layer(layer, methods[layer.name])
         for layer in tqdm(layers, disable=not progress, desc="layers")
@@ -165,29 +215,3 @@ def _quantize_layers(
     for module, report in quantized:
         replace_module(model, report.name, module)
     return [report for _, report in quantized]
-
-
-def _check_calibration(model: nn.Module, calibration: Tensor) -> None:
-    if calibration.ndim != 2 or calibration.numel() == 0 or calibration.is_floating_point():
-        raise ValueError(
-            "calibration is [sequences, length] token ids, "
-            f"got {calibration.dtype} {tuple(calibration.shape)}"
-        )
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if positions is not None and calibration.shape[1] > positions:
-        raise ValueError(
-            f"calibration sequences of {calibration.shape[1]} tokens, but the model has {positions} "
-            "positions: cut shorter ones."
-        )
-    if hasattr(model, "get_input_embeddings"):
-        known = model.get_input_embeddings().num_embeddings
-        bad = calibration[(calibration < 0) | (calibration >= known)]
-        if len(bad):
-            raise ValueError(
-                f"token id {bad[0].item()} in the calibration, but the model has ids 0 to {known - 1}: "
-                "take its own tokenizer."
-            )
-    if model.training:
-        raise ValueError(
-            "the model is in training mode, whose dropout would be calibrated on: call model.eval()."
-        )

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from course_utils.compression.base import QuantizedLinear
+from course_utils.compression.checks import check_replaceable
 from course_utils.compression.driver import LayerReport, naming
-from course_utils.compression.model import Report
+from course_utils.compression.model import Report, float_parts
 from course_utils.compression.saving import mark_quantized
 from course_utils.grids.fake_quantization import learned_step, straight_through
 from course_utils.grids.uniform import code_range, quantize
@@ -103,6 +104,7 @@ def prepare_qat(model: nn.Module, method: Affine) -> None:
     prepared = {}
     for layer in layers:
         with naming(f"layer {layer.name}"):
+            check_replaceable(layer)
             if layer.weight.dtype != torch.float32:
                 raise TypeError(
                     f"weights are {layer.weight.dtype}, too coarse for small updates: train in float32, "
@@ -143,4 +145,4 @@ def convert(model: nn.Module) -> Report:
     for name, module in converted.items():
         replace_module(model, name, module)
     mark_quantized(model)
-    return Report(layers[0][1].method, reports)
+    return Report(layers[0][1].method, reports, float_parts=float_parts(model))

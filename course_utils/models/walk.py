@@ -35,14 +35,21 @@ class LinearLayer:
 def linear_layers(model: nn.Module) -> list[LinearLayer]:
     """Linear layers of `model`, or of one block of it, in its own order, without the LM head.
 
-    The head is left out as in the papers of all the methods here; embeddings are no linear layers.
+    The head is left out as in the papers of all the methods here; embeddings are no linear layers, and no
+    more are classes that compute otherwise, though they derive from one (Llama 4's router).
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return [
         LinearLayer(name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if _is_linear(module) and module is not head
     ]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it computes `x @ weight.T + bias`; Falcon's class does so in a forward of its own."""
+    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    return plain or type(module).__name__ == "FalconLinear"
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -132,8 +139,7 @@ class BlockInputs:
         """Hidden states `[1, length, width]` that leave `block`, one sequence after the other."""
         for number, hidden in enumerate(self.hidden.split(1), 1):
             self.sequence = number
-            output = block(hidden, *self.args, **self.kwargs)
-            yield output[0] if isinstance(output, tuple) else output
+            yield hidden_states(block(hidden, *self.args, **self.kwargs))
 
     def calls(self, block: nn.Module, name: str) -> Iterator[Call]:
         """The calls of `block`'s submodule `name` (dotted path), one sequence after the other.
@@ -157,6 +163,21 @@ class BlockInputs:
         """Become the inputs of the block after `block`, in the same memory."""
         for hidden, output in zip(self.hidden.split(1), self.outputs(block), strict=True):
             hidden.copy_(output)
+
+
+def layer_input(args: tuple, kwargs: dict) -> Tensor:
+    """What a linear layer is called with, by position or by keyword."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def hidden_states(output: object) -> Tensor:
+    """Of what a block returns, the hidden states: the tensor, or the first of a tuple or list."""
+    hidden = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(hidden, Tensor):
+        raise ValueError(
+            f"a block returned a {type(output).__name__}: hidden states are a tensor, or a tuple's first."
+        )
+    return hidden
 
 
 class _FirstBlockReached(Exception):

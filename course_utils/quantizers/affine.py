@@ -18,6 +18,7 @@ from course_utils.compression.base import (
     check_weight,
     dequantized_linear,
 )
+from course_utils.compression.checks import ALL_ZERO
 from course_utils.grids.observers import OBSERVERS, MinMax, mse_range, percentile_range
 from course_utils.grids.uniform import (
     code_range,
@@ -180,6 +181,8 @@ class Affine(Method):
                 "calibration, or use inputs='per_token'"
             )
         minimum, maximum = (end.to(weight.device) for end in statistics.range())
+        if minimum == maximum == 0:
+            raise ValueError(ALL_ZERO)
         input_scale, input_zero_point = scale_and_zero_point(
             minimum, maximum, *INPUT_RANGE, symmetric=self.symmetric
         )

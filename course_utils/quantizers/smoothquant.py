@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from course_utils.compression.base import Method, check_weight
+from course_utils.compression.checks import ALL_ZERO
 from course_utils.compression.driver import gather
 from course_utils.grids.vectorwise import vectorwise_quantize
 from course_utils.models.structure import norm_groups
@@ -117,6 +118,8 @@ class SmoothQuant(Method):
                 "inputs='static' needs the statistics of the layer's inputs: give quantize_model some "
                 "calibration, or use inputs='per_token'"
             )
+        if not statistics.maxima.any():
+            raise ValueError(ALL_ZERO)
         return Int8Weight(codes, absmax, input_absmax=statistics.maxima.amax())
 
     def linear(self, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
