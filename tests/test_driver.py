@@ -334,21 +334,37 @@ def test_a_mapping_calibrates_the_layers_it_names_in_their_blocks():
     assert torch.equal(hidden, expected["transformer.h.1"])
 
 
-@pytest.mark.parametrize("wrapped", [lambda hidden: hidden, lambda hidden: (hidden, None)])
-def test_blocks_may_return_a_tensor_or_a_tuple(wrapped, monkeypatch):
-    """GPT-2's return a tuple in transformers 4.57, and a tensor in 5."""
-    plain, changed, tokens = tiny_gpt2(), tiny_gpt2(), some_tokens()
-    expected = quantize_model(plain, Probe(Record()), calibration=tokens)
-    for _, block in blocks(changed):
+class Wrapping(nn.Module):
+    """A model whose block returns what `wrap` makes of its hidden states."""
 
-        def forward(*args, original=block.forward, **kwargs):
-            output = original(*args, **kwargs)
-            return wrapped(output if isinstance(output, Tensor) else output[0])
+    def __init__(self, wrap):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.blocks = nn.Embedding(99, 24), nn.ModuleList([nn.Module()])
+        self.blocks[0].proj = nn.Linear(24, 24)
+        self.blocks[0].forward = lambda hidden: wrap(self.blocks[0].proj(hidden))
 
-        monkeypatch.setattr(block, "forward", forward)
-    report = quantize_model(changed, Probe(Record()), calibration=tokens)
-    errors = [layer.output_error for layer in report.layers]
-    assert errors == [layer.output_error for layer in expected.layers]
+    def forward(self, input_ids, use_cache=False):
+        return self.blocks[0](self.embedding(input_ids))
+
+
+@pytest.mark.parametrize("wrap", [lambda h: (h, None), lambda h: [h]])
+def test_blocks_may_return_a_tensor_a_tuple_or_a_list(wrap):
+    """GPT-2's return a tuple in transformers 4.57, and a tensor in 5; GPT-1's return a list."""
+    plain, wrapped = (
+        quantize_model(Wrapping(w).eval(), Probe(Record()), calibration=some_tokens())
+        for w in (lambda h: h, wrap)
+    )
+    assert [layer.output_error for layer in wrapped.layers] == [
+        layer.output_error for layer in plain.layers
+    ]
+
+
+def test_blocks_that_return_no_hidden_states_are_refused():
+    model = Wrapping(lambda h: {"hidden": h}).eval()
+    with pytest.raises(ValueError, match="a block returned a dict: hidden states are a tensor"):
+        quantize_model(model, Probe(Record()), calibration=some_tokens())
+    assert len(linear_layers(model)) == 1
 
 
 @pytest.mark.parametrize("probe", [Probe, FloatProbe])

@@ -134,13 +134,13 @@ def checked_calibration(model: nn.Module, calibration: Tensor) -> Tensor:
     return calibration
 
 
-def token_embedding(model: nn.Module) -> nn.Embedding | None:
+def token_embedding(model: nn.Module) -> nn.Module | None:
     """The embedding of the token ids that `model` reads, if it has one and says so."""
     try:
         embedding = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # no model of transformers, or two embeddings
         return None
-    return embedding if isinstance(embedding, nn.Embedding) else None
+    return embedding if hasattr(embedding, "num_embeddings") else None
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ def check_reads(model: nn.Module, layers: list[LinearLayer]) -> None:
         return
     padding = getattr(model.config, "pad_token_id", None)
     token = 1 if padding == 0 and embedding.num_embeddings > 1 else 0
-    inputs = {"input_ids": torch.full((1, 2), token, device=embedding.weight.device)}
+    inputs = {"input_ids": torch.full((1, 2), token, device=next(model.parameters()).device)}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = inputs["input_ids"]
     training = [module for module in model.modules() if module.training]
