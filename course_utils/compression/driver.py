@@ -105,11 +105,7 @@ def quantize_blocks(
     ask for what cannot be had together, or if the folder's blocks are of another run.
     """
     prefix = _prefix(methods)
-    layers, last = _check_blocks(model, methods)
-    wanting = [
-        layer for layer, asked in layers.items() if asked.for_layer(layer.name).wants_statistics
-    ]
-    check_calibrated(model, tokens, list(layers), wanting)
+    last = _check_blocks(model, methods, tokens)
     inputs = BlockInputs.of_first_block(model, tokens)
     kept = Checkpoint.of_run(checkpoint, model, methods, tokens) if checkpoint else None
     finished = kept.finished(inputs) if kept else 0
@@ -208,14 +204,10 @@ def _own(name: str, block: nn.Module, methods: Mapping[str, Method]) -> dict[Lin
     return {layer: methods[layer.name] for layer in layers if layer.name in methods}
 
 
-def _check_blocks(
-    model: nn.Module, methods: Mapping[str, Method]
-) -> tuple[dict[LinearLayer, Method], int]:
-    """Refuse now what would fail halfway through, or be passed over.
-
-    Returns the layers to quantize with their methods, and the number of the last block that holds one.
-    """
-    layers, last = {}, 0
+def _check_blocks(model: nn.Module, methods: Mapping[str, Method], tokens: Tensor) -> int:
+    """Refuse now what would fail halfway through, or be passed over; returns the last block to quantize."""
+    layers: dict[LinearLayer, Method] = {}
+    last = 0
     for number, (name, block) in enumerate(blocks(model)):
         own = _own(name, block, methods)
         if method := _rewriting(name, own):
@@ -230,7 +222,11 @@ def _check_blocks(
             "these layers lie in none of the decoder blocks, so no calibration reaches them: "
             f"{', '.join(outside)}. Name the layers to quantize in a mapping, without these."
         )
-    return layers, last
+    wanting = [
+        layer for layer, asked in layers.items() if asked.for_layer(layer.name).wants_statistics
+    ]
+    check_calibrated(model, tokens, list(layers), wanting)
+    return last
 
 
 def _prefix(methods: Mapping[str, Method]) -> Literal["quantized", "float"]:

@@ -115,8 +115,10 @@ def quantize_model(
 
     Raises `ValueError` or `TypeError` for weights that no method takes or that its settings do not fit
     (groups that do not divide the columns), for calibration that the model cannot read, for names that
-    are no float linear layer of the model, for a layer that stands in two places, and for a method that
-    looks at inputs without calibration; the model is whole then. Should something be wrong first in a
+    are no float linear layer of the model, for a layer that stands in two places, carries hooks, or whose
+    weight is computed, offloaded or read by other code, for a method that looks at inputs without
+    calibration, and for a model that does not run block by block (`compression.checks`); the model is whole
+    then. Should something be wrong first in a
     later block (NaN in its inputs), the blocks before are quantized already: load the model again.
     """
     if embeddings not in (None, "int8"):
