@@ -147,17 +147,21 @@ class BlockInputs:
         No more than one sequence's are held. What a call got and returned are the very tensors, so
         `block.get_submodule(name)(*call.args, **call.kwargs)` repeats it.
         """
-        seen: list[Call] = []
-        handle = block.get_submodule(name).register_forward_hook(
-            lambda _, args, kwargs, output: seen.append(Call(args, kwargs, output)),
-            with_kwargs=True,
-        )
-        try:
-            for _ in self.outputs(block):
-                yield from seen
-                seen.clear()
-        finally:
-            handle.remove()
+        outputs = self.outputs(block)
+        while True:
+            seen: list[Call] = []
+            # Watched while the block runs, and no longer: who gets the calls may call the module too.
+            handle = block.get_submodule(name).register_forward_hook(
+                lambda _, args, kwargs, output, seen=seen: seen.append(Call(args, kwargs, output)),
+                with_kwargs=True,
+            )
+            try:
+                ended = next(outputs, None) is None
+            finally:
+                handle.remove()
+            if ended:
+                return
+            yield from seen
 
     def advance(self, block: nn.Module) -> None:
         """Become the inputs of the block after `block`, in the same memory."""
