@@ -2,4 +2,5 @@
 
 from course_utils.tools.cli import main
 
-main()
+if __name__ == "__main__":  # and not in the processes that run notebooks side by side
+    main()

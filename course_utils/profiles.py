@@ -14,7 +14,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import nn
 
+from course_utils.cache import DownloadError
+from course_utils.data.corpora import documents
+from course_utils.evaluation import Protocol
 from course_utils.models import LoadedModel, ModelUnavailable, load_model
 from course_utils.results import set_context
 
@@ -25,6 +29,8 @@ MODELS = {
     "colab": ("gpt2",),
     "gpu": ("gpt2",),
 }
+WINDOW = 512  # tokens of an evaluation's window; a model of fewer positions takes all of them
+SECOND_CORPUS = "wikipedia"  # another domain: course-lm has seen nothing like it
 T = TypeVar("T")
 
 
@@ -45,6 +51,27 @@ class Profile:
         if self.name == "quick":
             return quick
         return cpu if gpu is None or self.device.type == "cpu" else gpu
+
+    def protocol(self, model: nn.Module, corpus: str = "factbook") -> Protocol:
+        """What `model` is evaluated on, in all notebooks: see `evaluation.protocol`."""
+        window = min(WINDOW, model.config.max_position_embeddings)
+        return Protocol(corpus, self.pick(quick=2048, cpu=8192), window)
+
+    def protocols(self, model: nn.Module) -> list[Protocol]:
+        """The protocol on the Factbook, and on the second text where more than `quick` is asked for.
+
+        The second text is fetched on first use. Where it cannot be had it is left out, and one line says
+        so.
+        """
+        found = [self.protocol(model)]
+        if self.name == "quick":
+            return found
+        try:
+            documents(SECOND_CORPUS, "evaluation")
+        except DownloadError as error:
+            print(f"Evaluating on the Factbook only: {error}")
+            return found
+        return [*found, self.protocol(model, SECOND_CORPUS)]
 
     def load_models(self) -> dict[str, LoadedModel]:
         """The profile's models by name.

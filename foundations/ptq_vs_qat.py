@@ -79,7 +79,8 @@ from course_utils.data.batches import TrainingBatches, token_stream
 from course_utils.data.corpora import documents
 from course_utils.data.tokens import calibration_tokens, evaluation_tokens
 from course_utils.evaluation import perplexity, tensor_bytes
-from course_utils.finetuning.qat import FakeQuantLinear, convert, prepare_qat
+from course_utils.finetuning.conversion import convert
+from course_utils.finetuning.qat import FakeQuantLinear, prepare_qat
 from course_utils.grids.fake_quantization import fake_quantize, learned_step
 from course_utils.models import linear_layers, load_model
 from course_utils.plotting import error_against_bits, step_gradient, training_curves

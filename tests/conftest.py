@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from offline import Offline
 
 from course_utils.tools.notebooks.pairs import Notebook
 from course_utils.tools.notebooks.standard_cells import SETUP, badge
@@ -18,7 +19,7 @@ CELLS = {
     "work": "# %%\nprint(PROFILE, SEED, os.environ['COURSE_PROFILE'])",
     "checked": '# %% tags=["nbval-check-output"]\n[1, 2, 3]',
     "statement": '# %% [markdown] tags=["exercise-statement"]\n# ### Exercise 1: double\n'
-    "# *Difficulty 1/5 · 5 minutes · 1 point · no GPU*\n#\n# Double it. Try it first.",
+    "# *Difficulty 1/5 · 5 minutes · 1 point · no GPU*\n#\n# Double it.",
     "exercise": '# %% tags=["exercise"]\ndef double(x: int) -> int:\n    """Twice x."""\n'
     "    ### BEGIN SOLUTION\n    return 2 * x\n    ### END SOLUTION",
     "tests": '# %% tags=["exercise-tests"]\nassert double(2) == 4, "is it doubled?"\n'
@@ -43,10 +44,12 @@ def sample(tmp_path: Path) -> Notebook:
         root / "pyproject.toml": "[project]\n",
         root / "docs" / "references.bib": "@misc{known2022,\n  title = {Known},\n}\n",
         package / "__init__.py": "",
-        package / "cache.py": "from course_utils.data import batches\n",
+        package / "cache.py": 'from course_utils.data import batches\nMODEL = "sample-lm"\n',
         package / "data" / "__init__.py": "",
+        package / "data" / "batches.py": "",
         package / "pruning.py": "",
-        package / "assets" / "weights.safetensors": "0",
+        package / "assets" / "sample-lm" / "model.safetensors": "0",
+        package / "assets" / "other-lm" / "model.safetensors": "0",
     }.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
@@ -54,3 +57,8 @@ def sample(tmp_path: Path) -> Notebook:
     notebook.script.parent.mkdir()
     notebook.script.write_text(script(), encoding="utf-8")
     return notebook
+
+
+@pytest.fixture
+def offline(tmp_path: Path) -> Offline:
+    return Offline(tmp_path)

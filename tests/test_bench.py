@@ -16,15 +16,19 @@ from rich.console import Console
 from course_utils.compression import method_names
 from course_utils.quantizers.gptq import GPTQ
 from course_utils.results import list_runs
-from course_utils.tools import CourseError, bench
-from course_utils.tools.bench.quantize import Protocol, parse_method
+from course_utils.tools import CourseError
+from course_utils.tools.bench import quantize as bench
+from course_utils.tools.bench.quantize import Protocol, cause_of_failure, parse_method
+from course_utils.tools.golden import environment
 
 ROOT = Path(__file__).parent.parent
+MEMORY = ROOT / "course_utils" / "tools" / "bench" / "memory"
 PROTOCOL = Protocol(sequences=2, length=64, evaluated=128, repeats=1, threads=1)
 # A library that "quantizes" to the float weights, and has no symmetric grids.
 LIBRARY = """
 import json, sys
 from pathlib import Path
+from peak_memory import forget_peak, peak_bytes
 from safetensors.torch import load_file, save_file
 folder, settings, out = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
 tokens = load_file(folder / "calibration.safetensors")["tokens"]
@@ -36,6 +40,8 @@ if settings["act_order"] and number == 1:
     sys.exit("its second run fails")
 if not settings["symmetric"]:
     assert settings["group_size"] == 64 and tokens.shape == (2, 64)
+    forget_peak()
+    assert peak_bytes() > 10**7
     found = load_file(folder / "model.safetensors")
     layers = {n.removesuffix(".weight"): w for n, w in found.items() if ".c_" in n and w.ndim == 2}
     save_file({n: w.T.contiguous() for n, w in layers.items()}, out / "weights.safetensors")
@@ -53,7 +59,8 @@ def course(tmp_path: Path, monkeypatch) -> Path:
         scripts.mkdir(parents=True)
         (scripts / "gptq.py").write_text(LIBRARY)
         (scripts.parent / "requirements.txt").write_text("# nothing\n")
-    made = tmp_path / "runs" / "oracles" / "library"
+    monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "cache"))
+    made = environment(tmp_path / "library")
     made.mkdir(parents=True)
     (made / "requirements.txt").write_text("# nothing\n")
     monkeypatch.setattr(bench, "python_of", lambda folder: sys.executable)
@@ -92,7 +99,8 @@ def test_methods_and_libraries_stand_in_one_table(course):
     assert not any(key.endswith("perplexity_ratio_error") for key in found)  # it takes two runs
     entry = found["bench.course-lm.gptq-group-size-64.library.perplexity"]
     assert entry["value"] == found["bench.course-lm.float.perplexity"]["value"]
-    assert entry["profile"] == "bench" and entry["protocol"]["library"] == "1.2"
+    assert entry["profile"] == "bench" and entry["versions"]["library"] == "1.2"
+    assert "library" not in entry["protocol"] and entry["protocol"]["length"] == 64
     assert entry["protocol"]["settings"] == repr(GPTQ(group_size=64))
     assert found["bench.course-lm.gptq-group-size-64.course.seconds"]["tolerance"] is None
 
@@ -178,12 +186,71 @@ def test_a_run_that_fails_tells_its_reason_and_its_log(course):
         run(course, "affine:group_size=100")
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system's own count is taken")
 def test_peak_memory_is_not_that_of_the_process_that_started_it():
     held = bytearray(10**9)  # getrusage counts this for the child, too
-    ask = "from course_utils.tools.bench.quantize_once import peak_bytes; print(peak_bytes())"
-    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    ask = "kept = bytearray(10**8); from peak_memory import peak_bytes; print(peak_bytes())"
+    done = subprocess.run(
+        [sys.executable, "-c", ask], capture_output=True, text=True, check=True, cwd=MEMORY
+    )
     assert 10**8 < int(done.stdout) < len(held)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no peak can be forgotten")
+def test_a_peak_that_is_forgotten_does_not_count():
+    ask = (
+        "from peak_memory import forget_peak, peak_bytes; kept = bytearray(10**8); del kept;"
+        "before = peak_bytes(); forget_peak(); print(before, peak_bytes())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", ask], capture_output=True, text=True, check=True, cwd=MEMORY
+    )
+    before, after = map(int, done.stdout.split())
+    assert before - after > 9 * 10**7
+
+
+def test_memory_is_measured_by_one_module_which_needs_no_library():
+    """Its five lines once stood in three scripts."""
+    ask = "import sys; sys.path.insert(0, sys.argv[1]); import peak_memory"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", ask, str(MEMORY)], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    sources = [path for path in ROOT.glob("course_utils/**/*.py") if "VmHWM" in path.read_text()]
+    assert [path.name for path in sources] == ["peak_memory.py"]
+
+
+STARTS = "Traceback (most recent call last):\n"
+BUILD_FAILED = """INFO a library tells much
+\x1b[31mERROR\x1b[0m it tells more
+Traceback (most recent call last):
+  File "build.py", line 3, in compile
+subprocess.CalledProcessError: Command '['ninja']' returned non-zero exit status 1.
+
+The above exception was the direct cause of the following exception:
+
+Traceback (most recent call last):
+  File "/a course/gptq.py", line 7, in <module>
+    load()
+  File "build.py", line 9, in load
+RuntimeError: Error building extension 'pack': [1/2] c++ -I/a course/include
+g++: error: course/include: No such file or directory
+ninja: build stopped: subcommand failed.
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "cause"),
+    [
+        (BUILD_FAILED, "RuntimeError: Error building extension 'pack': [1/2] c++ -I/a course/include"),
+        ("much\n\x1b[31mits second run fails\x1b[0m\n\n", "its second run fails"),
+        (f"{STARTS}  File\nKeyError: " + "x" * 300, "KeyError: " + "x" * 190 + "..."),
+        (f"{STARTS}  File\nlibrary.Error\n", "library.Error"),
+        ("", "it said nothing."),
+    ],
+)  # fmt: skip
+def test_why_a_run_failed_is_told_in_one_readable_line(log, cause):
+    """Of a library that failed to build, the compiler's last line was once all that was told."""
+    assert cause_of_failure(log) == cause
 
 
 def test_settings_are_read_as_python_writes_them():
@@ -198,7 +265,7 @@ def test_settings_are_read_as_python_writes_them():
     [
         ("gtpq", r"gtpq: unknown method 'gtpq': choose one of .*gptq"),
         ("gptq:bits=4", r"gptq has no setting bits\. It has n_bits, group_size"),
-        ("gptq:n_bits", r"a setting is KEY=VALUE, got 'n_bits'"),
+        ("gptq:n_bits", r"a parameter is KEY=VALUE, got 'n_bits'"),
         ("gptq:n_bits=9", r"gptq:n_bits=9: n_bits 9: choose 2 to 8"),
         ("gptq:act_order=false", r"act_order 'false': choose True or False"),
     ],

@@ -21,7 +21,6 @@ from course_utils import __version__
 from course_utils.tools import CourseError, colab
 from course_utils.tools.colab import NotLikeColab, installed, run_on_python, set_up
 from course_utils.tools.environments import python_of
-from course_utils.tools.notebooks.execute import NotebookFailed
 from course_utils.tools.notebooks.pairs import Notebook
 from course_utils.tools.notebooks.standard_cells import SETUP
 
@@ -191,9 +190,9 @@ def course(sample: Notebook) -> Notebook:
     return sample
 
 
-def run(notebook: Notebook, python: Path) -> str:
+def run(notebook: Notebook, python: Path, t4: bool = False) -> str:
     runs = notebook.root / "runs" / "colab"
-    return run_on_python(notebook.root, python, [notebook], "quick", runs)
+    return run_on_python(notebook.root, python, [notebook], "quick", runs, t4=t4, jobs=1)
 
 
 def test_run_installs_the_course_by_the_set_up_cell(course, tmp_path, offline):
@@ -215,6 +214,29 @@ def test_run_installs_the_course_by_the_set_up_cell(course, tmp_path, offline):
         run(course, python)
 
 
+def test_run_as_on_a_t4_is_in_float16_and_without_triton(course, tmp_path, offline):
+    """The sample's own package is what is installed: of torch it needs nothing but a dtype."""
+    python = make_python(tmp_path / "python", "")
+    torch = site(python) / "torch.py"
+    torch.write_text("float16, float32, addmm = 'torch.float16', 'torch.float32', None\n")
+    profiles = "def _dtype(name, device):\n    return 'torch.float32'\n"
+    (course.root / "course_utils" / "profiles.py").write_text(profiles)
+    work = (
+        "# %%\nimport sys\n\nfrom course_utils import profiles\n\n"
+        "assert sys.modules['triton'] is None\n"
+        "print(f'course-lm in {profiles._dtype(0, 0)} on cpu'.replace('torch.', ''))"
+    )
+    course.script.write_text(script(work=work))
+    assert run(course, python, t4=True).startswith("1 notebooks in ")
+    executed = course.root / "runs" / "colab" / f"{NAME}.ipynb"
+    assert "course-lm in float16 on cpu" in executed.read_text(encoding="utf-8")
+
+    subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", "course-utils"], check=True)
+    course.script.write_text(script(work="# %%\nprint('in float32 on cpu')"))
+    with pytest.raises(NotLikeColab, match=f"{NAME} does not print that its profile takes float16"):
+        run(course, python, t4=True)
+
+
 def test_run_fails_with_the_notebook_the_set_up_cell_and_packages_that_moved(
     course, tmp_path, monkeypatch
 ):
@@ -222,7 +244,7 @@ def test_run_fails_with_the_notebook_the_set_up_cell_and_packages_that_moved(
     plant(site(python), "planted", "1.0")
     without = {"setup": None, "imports": "# %%\nimport os\nfrom pathlib import Path"}
     course.script.write_text(script(**without, work="# %%\n1 / 0"))
-    with pytest.raises(NotebookFailed, match="ZeroDivisionError"):
+    with pytest.raises(CourseError, match="ZeroDivisionError"):
         run(course, python)
 
     old, new = (site(python) / f"planted-{version}.dist-info" for version in ("1.0", "2.0"))

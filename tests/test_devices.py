@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
 
@@ -17,8 +16,7 @@ from course_utils.compression import get_method, method_names, quantize_model
 from course_utils.data.tokens import calibration_tokens
 from course_utils.models import load_model
 from course_utils.profiles import resolve
-from course_utils.tools.notebooks.execute import execute
-from course_utils.tools.notebooks.pairs import FOLDERS, find_notebooks, from_script, tags
+from course_utils.tools.notebooks.pairs import FOLDERS
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,7 +79,8 @@ def test_sizes_follow_the_profile_and_colab_without_a_card_takes_those_of_cpu(
     assert resolve(profile).pick(quick=1, cpu=2) == min(size, 2)
 
 
-# A T4 has no Triton that its makers support. In a fresh process, since torch may hold it already.
+# A T4 has no Triton that its makers support. In a fresh process, since torch may hold it already. The
+# notebooks are run so by `course test-colab --t4`.
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None  # importing it fails
@@ -107,34 +106,6 @@ def test_every_method_runs_in_float16_without_triton():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == method_names()
-
-
-# The same of the notebooks, in this machine's place of a T4: run after the set-up cell
-AS_ON_A_T4 = """
-import sys
-sys.modules["triton"] = None
-import torch
-from course_utils import profiles
-profiles._dtype = lambda name, device: torch.float16
-
-def addmm(*matrices, plain=torch.addmm):
-    # GPT-2's product, which a CPU does a hundred times slower in float16.
-    if any(matrix.dtype != torch.float16 for matrix in matrices):
-        return plain(*matrices)
-    return plain(*(matrix.float() for matrix in matrices)).half()
-
-torch.addmm = addmm
-"""
-
-
-@pytest.mark.parametrize("notebook", find_notebooks(ROOT), ids=lambda notebook: notebook.name)
-def test_every_notebook_runs_in_float16_without_triton(notebook, tmp_path):
-    nb = from_script(notebook)
-    after = 1 + next(at for at, cell in enumerate(nb.cells) if "setup" in tags(cell))
-    nb.cells.insert(after, nbformat.v4.new_code_cell(AS_ON_A_T4))
-    out = tmp_path / "executed.ipynb"
-    execute(nb, notebook.name, out, profile="quick", runs=tmp_path)
-    assert "course-lm in float16 on cpu" in out.read_text(encoding="utf-8")
 
 
 # A T4 says that it supports bfloat16: it emulates it, slowly

@@ -602,6 +602,7 @@ def run_limited(room: str, careless: bool = False) -> subprocess.CompletedProces
     )
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts all memory on Linux only")
 def test_memory_stays_within_one_blocks_activations_statistics_and_weights():
     """Beside the float model. Hessians are float64, and solving takes up to five more of the largest."""

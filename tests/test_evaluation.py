@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import DynamicCache
 
 from course_utils.data.tokens import evaluation_tokens
 from course_utils.evaluation import perplexity, tensor_bytes, time_per_token
@@ -103,3 +104,68 @@ def test_timing_decodes_the_tokens_that_it_says(course_lm):
     assert len(timing.milliseconds) == 6 and timing.median > 0
     assert timing.quartiles[0] <= timing.median <= timing.quartiles[1]
     assert f"{timing.threads} threads" in str(timing)
+
+
+class Sure(Uniform):
+    """Gives all the probability to token 0, and to token 1 a logit that is `nats` lower."""
+
+    def __init__(self, nats):
+        super().__init__(2)
+        self.weight = torch.nn.Parameter(torch.tensor([nats, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("nats", "expected"), [(700, 1.0142e304), (1000, math.inf), (1e30, math.inf)]
+)
+def test_a_perplexity_above_709_nats_is_infinite(nats, expected):
+    """exp once raised an OverflowError, and so did `str`."""
+    result = perplexity(Sure(float(nats)), torch.ones(5, dtype=torch.int64), window=5)
+    assert result.nats == pytest.approx(nats)
+    assert result.perplexity == pytest.approx(expected, rel=1e-3)
+    assert str(result).startswith(f"{result.perplexity:.2f} (5 tokens")
+
+
+class Forgetful(DynamicCache):
+    """Hands back what a pass writes as it is, and keeps it rounded: as quantized caches do."""
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        found = super().update(keys, values, layer, *args, **kwargs)
+        kept = self.layers[layer]
+        kept.keys, kept.values = kept.keys.round(), kept.values.round()
+        return found
+
+
+@pytest.mark.parametrize("cached_step", [1, 7, 100])
+def test_a_cache_in_full_precision_gives_the_perplexity_of_none(course_lm, cached_step):
+    tokens = evaluation_tokens(course_lm.tokenizer, 150)
+    model, protocol = course_lm.model, {"window": 64, "stride": 40}
+    plain = perplexity(model, tokens, **protocol)
+    cached = perplexity(model, tokens, **protocol, cache=DynamicCache, cached_step=cached_step)
+    assert cached.predicted == plain.predicted
+    assert cached.nats == pytest.approx(plain.nats, rel=1e-5)
+
+
+def test_a_cache_that_rounds_costs_perplexity_unless_a_step_takes_the_window(course_lm):
+    tokens = evaluation_tokens(course_lm.tokenizer, 64)
+    nats = [
+        perplexity(course_lm.model, tokens, window=64, cache=Forgetful, cached_step=step).nats
+        for step in (1, 16, 64)
+    ]
+    assert nats[0] > nats[1] > nats[2]
+    assert nats[2] == pytest.approx(perplexity(course_lm.model, tokens, window=64).nats, rel=1e-5)
+
+
+def test_a_step_of_no_tokens_is_refused(course_lm):
+    with pytest.raises(ValueError, match="cached_step 0: read at least 1"):
+        perplexity(course_lm.model, torch.arange(9), window=8, cache=DynamicCache, cached_step=0)
+
+
+def test_timing_reads_and_writes_the_cache_that_it_is_given(course_lm):
+    made = []
+
+    def cache():
+        made.append(DynamicCache())
+        return made[-1]
+
+    time_per_token(course_lm.model, torch.arange(5), new_tokens=6, warmup=1, cache=cache)
+    assert [kept.get_seq_length() for kept in made] == [5 + 1 + 6]

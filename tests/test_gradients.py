@@ -17,6 +17,7 @@ SETTINGS = {  # beside the defaults: all that treats inputs otherwise, and width
     "llm_int8": [{}, {"threshold": 0.0}, {"outlier_weights": "original"}],
     "smoothquant": [{}, {"inputs": "static"}],
 }  # fmt: skip
+COSINE = {"bitnet": 0.85}  # of the decoded and the float weight; three values are coarse
 METHODS = [(name, given) for name in method_names() for given in SETTINGS.get(name, [{}])]
 EACH = pytest.mark.parametrize(("name", "given"), METHODS, ids=str)
 
@@ -49,7 +50,7 @@ def test_backward_through_any_method_is_that_of_the_decoded_weight(name, given):
     layer, quantized = a_layer(name, given)
     x = normal(3, 5, FEATURES, seed=4)
     found, exact = gradient(quantized, x), gradient(layer, x)
-    assert torch.cosine_similarity(found.flatten(), exact.flatten(), 0) > 0.98
+    assert torch.cosine_similarity(found.flatten(), exact.flatten(), 0) > COSINE.get(name, 0.98)
     decoded = normal(OUT, seed=3) @ quantized.quantized_weight.dequantize()
     torch.testing.assert_close(found, decoded.expand(3, 5, -1))
 
@@ -59,9 +60,9 @@ def test_backward_through_any_method_is_that_of_the_decoded_weight(name, given):
 def test_gradients_have_the_dtype_of_the_inputs(name, given, dtype):
     layer, quantized = a_layer(name, given)
     x = normal(7, FEATURES, seed=4)
-    found = gradient(quantized, x.to(dtype))
+    found, exact = gradient(quantized, x.to(dtype)), gradient(layer, x).flatten()
     assert found.dtype == dtype
-    assert torch.cosine_similarity(found.float().flatten(), gradient(layer, x).flatten(), 0) > 0.98
+    assert torch.cosine_similarity(found.float().flatten(), exact, 0) > COSINE.get(name, 0.98)
 
 
 @EACH

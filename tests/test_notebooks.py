@@ -1,9 +1,14 @@
 """The course's notebooks, run in the quick profile; and nbval, shown to see what it must see.
 
-Each notebook runs twice in a whole test run, for two reasons. Here papermill runs its script: that
-parameters arrive, that nothing passes silently, and that recorded values are the accepted ones.
-Beside it nbval, which pytest.ini's options in pyproject.toml switch on, runs the committed notebook:
-that its outputs are still those of the cells tagged `nbval-check-output`.
+A notebook is executed three times in all that CI runs, each time for other reasons:
+
+- here papermill runs its script, without a network: that parameters arrive, that nothing passes
+  silently, that nothing asks for a network, and that recorded values are the accepted ones;
+- nbval, which options in pyproject.toml switch on, runs the committed notebook: that its outputs are
+  still those of the cells tagged `nbval-check-output`;
+- `course test-colab --t4` runs it as on Colab's card: by the set-up cell, in float16, without Triton.
+
+The student version, which is short, is executed once.
 """
 
 import os
@@ -14,6 +19,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from offline import Offline, own_setting
 
 from course_utils.results import compare, list_runs
 from course_utils.tools import CourseError
@@ -30,18 +36,34 @@ from course_utils.tools.notebooks.pairs import (
 ROOT = Path(__file__).parent.parent
 HAS_NOTEBOOKS = any(list((ROOT / folder).glob("*.py")) for folder in FOLDERS)
 NOTEBOOKS = find_notebooks(ROOT) if HAS_NOTEBOOKS else []
-each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.name)
+
+
+def each_notebook(test):
+    """A test that executes a notebook, one of each."""
+    names = [notebook.name for notebook in NOTEBOOKS]
+    return pytest.mark.notebook(pytest.mark.parametrize("notebook", NOTEBOOKS, ids=names)(test))
 
 
 @each_notebook
-def test_notebook_runs_in_the_quick_profile(notebook: Notebook, tmp_path, monkeypatch):
-    out = tmp_path / "executed.ipynb"
-    nb = from_script(notebook)
+def test_notebook_runs_offline_in_the_quick_profile(
+    notebook: Notebook, offline: Offline, tmp_path, monkeypatch
+):
+    """With parameters, without a network, and what it records are the accepted values."""
+    runs = tmp_path / "runs"
+    for variable in filter(own_setting, list(os.environ)):
+        monkeypatch.delenv(variable)
     executed = execute(
-        nb, notebook.name, out, profile="quick", runs=tmp_path, parameters={"PROFILE": "quick"}
+        from_script(notebook),
+        notebook.name,
+        runs / "executed.ipynb",
+        profile="quick",
+        runs=runs,
+        parameters={"PROFILE": "quick"},
+        variables=offline.variables,
     )
     assert tagged(executed, "injected-parameters")
-    monkeypatch.setenv("COURSE_RUNS", str(tmp_path))
+    assert offline.connections() == []
+    monkeypatch.setenv("COURSE_RUNS", str(runs))
     assert compare(ROOT, list_runs()) == []
 
 

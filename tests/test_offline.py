@@ -1,105 +1,10 @@
 """Without a network nothing of the course fails, waits, or asks for one where it need not.
 
-The network is refused by a `sitecustomize.py`, which every Python started with its folder on
-`PYTHONPATH` runs first: pip, kernels and whatever they start, too. It lets loopback through (a kernel
-talks to Jupyter over it), refuses all other connections and all names, and notes each attempt and
-each wait in a file: so a test sees what was tried, and measures no time. Programs that are no Python,
-and compiled code with sockets of its own, are beyond it; this course starts npm alone.
+The notebooks are run without one in `test_notebooks.py`.
 """
-
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
 
 from conftest import script
-from course_utils.results import compare, list_runs
-from course_utils.tools.notebooks.pairs import FOLDERS, Notebook, find_notebooks
-
-ROOT = Path(__file__).parent.parent
-
-GUARD = """
-import errno, ipaddress, os, socket, time
-
-def note(what):
-    with open(os.environ["NETWORK_LOG"], "a") as log:
-        log.write(what + "\\n")
-
-def is_name(host):
-    if host in (None, "", b"", "localhost", b"localhost"):
-        return False
-    try:
-        ipaddress.ip_address(host if isinstance(host, str) else host.decode())
-    except ValueError:
-        return True
-    return False
-
-def is_here(host):
-    return host == "localhost" or not is_name(host) and ipaddress.ip_address(host).is_loopback
-
-def guarded_connection(plain):
-    def connect(self, address):
-        if self.family in (socket.AF_INET, socket.AF_INET6) and not is_here(address[0]):
-            note(f"connect {address[0]}")
-            raise OSError(errno.ENETUNREACH, "Network is unreachable")
-        return plain(self, address)
-    return connect
-
-def guarded_name(plain):
-    def resolve(host, *arguments, **named):
-        if is_name(host):
-            note(f"resolve {host}")
-            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
-        return plain(host, *arguments, **named)
-    return resolve
-
-def noted_sleep(seconds, plain=time.sleep):
-    if seconds >= 0.5:
-        note(f"sleep {seconds}")
-    plain(seconds)
-
-for name in ("connect", "connect_ex"):
-    setattr(socket.socket, name, guarded_connection(getattr(socket.socket, name)))
-for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex"):
-    setattr(socket, name, guarded_name(getattr(socket, name)))
-time.sleep = noted_sleep
-"""
-
-
-class Offline:
-    """Runs this Python without a network, with empty caches, and with pip as it is installed."""
-
-    def __init__(self, folder: Path):
-        (folder / "guard").mkdir()
-        (folder / "guard" / "sitecustomize.py").write_text(GUARD, encoding="utf-8")
-        self.log = folder / "network.log"
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "HF_", "COURSE_"))}
-        self.environment = kept | {
-            "PYTHONPATH": str(folder / "guard"),
-            "NETWORK_LOG": str(self.log),
-            "COURSE_CACHE": str(folder / "cache"),
-            "HF_HOME": str(folder / "huggingface"),
-            "PIP_CONFIG_FILE": os.devnull,
-        }
-
-    def python(self, *arguments: str, cwd: Path = ROOT) -> str:
-        """What it prints; it must succeed and warn of nothing."""
-        command = [sys.executable, "-P", *arguments]  # -P: the current folder is not imported from
-        run = subprocess.run(command, cwd=cwd, env=self.environment, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout + run.stderr
-        return run.stdout
-
-    def attempts(self) -> list[str]:
-        return self.log.read_text().splitlines() if self.log.exists() else []
-
-
-@pytest.fixture
-def offline(tmp_path) -> Offline:
-    return Offline(tmp_path)
-
+from course_utils.tools.notebooks.pairs import Notebook
 
 # The guard guards
 
@@ -126,7 +31,7 @@ def test_the_guard_holds_inside_kernels_and_what_they_start(offline, sample: Not
     sample.script.write_text(script(work=f"# %%\n{ask}"), encoding="utf-8")
     offline.python("-m", "course_utils", "run", cwd=sample.root)
     refused = ["connect 192.0.2.1", "resolve registry.example"]
-    assert [line for line in offline.attempts() if not line.startswith("sleep")] == 2 * refused
+    assert offline.connections() == 2 * refused
 
 
 # The package
@@ -179,26 +84,3 @@ def test_a_model_that_is_not_here_is_one_line_and_no_wait(offline):
     assert "'gpt2' could not be fetched" in errors[1]
     assert any(attempt.startswith("resolve ") for attempt in offline.attempts())  # it was tried
     assert [line for line in offline.attempts() if line.startswith("sleep")] == []
-
-
-# The notebooks: this is also the papermill run of the quick profile
-
-
-def test_all_notebooks_run_offline_in_the_quick_profile(offline, tmp_path, monkeypatch):
-    """`course run --profile quick`, all in one go, and what it records are the accepted values."""
-    course = tmp_path / "a clone"
-    (course / "course_utils").mkdir(
-        parents=True
-    )  # a course is known by it; the package is the one here
-    shutil.copy(ROOT / "pyproject.toml", course)
-    for folder in FOLDERS:
-        shutil.copytree(ROOT / folder, course / folder)
-    printed = offline.python("-m", "course_utils", "run", "--profile", "quick", cwd=course)
-    print(printed)
-    notebooks = find_notebooks(course)
-    runs = course / "runs" / "quick"
-    assert printed.count(" ... ") == len(notebooks)
-    assert all((runs / f"{notebook.name}.ipynb").is_file() for notebook in notebooks)
-    assert [line for line in offline.attempts() if not line.startswith("sleep")] == []
-    monkeypatch.setenv("COURSE_RUNS", str(runs))
-    assert compare(ROOT, list_runs()) == []

@@ -104,7 +104,7 @@ def test_continuous_integration_runs_make_test_and_the_newest_runtime_of_colab()
     assert run.stat().st_mode & 0o111
     newest = list(colab.runtimes(ROOT))[-1]
     assert run.read_text(encoding="utf-8").splitlines()[-2:] == [
-        f".venv/bin/python -m course_utils test-colab {newest} --profile quick",
+        f".venv/bin/python -m course_utils test-colab {newest} --profile quick --t4",
         "make test",
     ]
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -16,10 +17,12 @@ from course_utils.plotting import (
     error_against_threshold,
     feature_maxima,
     loss_against_alpha,
+    nats_against_bits,
     predicted_against_measured,
     relative_bars,
     rounding_distances,
     sensitivity_bars,
+    series_styles,
     staircase,
     step_gradient,
     training_curves,
@@ -28,6 +31,13 @@ from course_utils.plotting import (
 from course_utils.plotting.palette import FIGURE, palette_picture, quantize_picture, scene
 
 matplotlib.use("agg")
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    """pyplot keeps every figure until it is closed."""
+    yield
+    plt.close("all")
 
 
 ROW = torch.randn(64, generator=torch.Generator().manual_seed(0))
@@ -48,6 +58,7 @@ FIGURES = {
     "alpha": lambda: loss_against_alpha({"m": {"static": ([0.1, 0.2], 0.3)}}, [0.0, 1.0], "loss"),
     "sensitivity": lambda: sensitivity_bars({"m": {"layer 0": 0.1, "layer 1": 0.2}}, "nats"),
     "predicted": lambda: predicted_against_measured({"a": ([0.1, 0.2], [0.1, 0.3])}, "nats"),
+    "nats": lambda: nats_against_bits({"m": {"GPTQ": ([3.3, 4.3], [0.3, 0.01], [0.02, 0.01])}}),
     "step": lambda: step_gradient(ROW, ROW.round(), ROW, ROW),
 }
 
@@ -96,11 +107,104 @@ def test_theory_is_dashed_in_the_colour_of_its_measurement():
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["row", "group", "theory"]
 
 
+NAMES = [f"series {i}" for i in range(9)]
+NUMBERS = {name: 1.0 + i for i, name in enumerate(NAMES)}
+CURVES = {name: ([0, 1, 2], [y, y + 1, y + 3]) for name, y in NUMBERS.items()}
+LOSSES = {name: ([y, y + 1, y + 3], y + 2) for name, y in NUMBERS.items()}
+NINE_SERIES = {
+    "threshold": lambda: error_against_threshold(
+        [0, 1, 5], {name: ys for name, (_, ys) in CURVES.items()}, [None, 6.0, 1.0]
+    ),
+    "bars": lambda: relative_bars({"a model": NUMBERS, "another": NUMBERS}, "time"),
+    "bits": lambda: error_against_bits({"a": CURVES}, "error", log=True),
+    "distances": lambda: rounding_distances({name: ROW / y for name, y in NUMBERS.items()}),
+    "training": lambda: training_curves(CURVES, "loss"),
+    "levels": lambda: training_curves({}, "loss", levels=NUMBERS),
+    "clips": lambda: clips_on_histogram({"a layer": (ROW, NUMBERS)}),
+    "alpha": lambda: loss_against_alpha({"m": LOSSES}, [0.0, 0.5, 1.0], "loss"),
+    "sensitivity": lambda: sensitivity_bars({name: {"a": 1.0, "b": 2.0} for name in NAMES}, "nats"),
+    "predicted": lambda: predicted_against_measured(
+        {name: ([y], [y + 1]) for name, y in NUMBERS.items()}, "nats"
+    ),
+}
+
+
+def look(handle) -> tuple:
+    """What a reader tells the entry of a legend by."""
+    if hasattr(handle, "get_linestyle") and hasattr(handle, "get_marker"):
+        return handle.get_color(), handle.get_linestyle(), handle.get_marker()
+    patch = handle[0] if hasattr(handle, "patches") else handle
+    return patch.get_facecolor(), patch.get_hatch()
+
+
+@pytest.mark.parametrize("name", NINE_SERIES)
+def test_series_beyond_the_seventh_colour_are_drawn_and_told_apart(name):
+    """They were once left out without a word, or ended in a KeyError."""
+    figure = NINE_SERIES[name]()
+    figure.canvas.draw()
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    for series in NAMES:
+        assert any(series in label for label in labels), series
+    looks = [look(handle) for handle in handles]
+    assert len(set(looks)) == len(looks)
+
+
+def test_more_series_than_can_be_told_apart_are_refused():
+    assert (
+        len({tuple(s.values()) for s in series_styles(map(str, range(28)), "hatch").values()}) == 28
+    )
+    with pytest.raises(ValueError, match="29 series in one figure: at most 28"):
+        series_styles(map(str, range(29)), "hatch")
+
+
+def test_a_series_that_only_a_later_panel_has_is_drawn_and_in_the_legend():
+    """Names were once taken from the first group, panel or variant alone."""
+    bars = relative_bars({"m": {"float32": 2.0}, "n": {"float32": 4.0, "int8": 2.0}}, "time")
+    assert [patch.get_height() for patch in bars.axes[0].patches] == [1.0, 1.0, 0.5]
+    with pytest.raises(ValueError, match=r"\['n'\] hold no 'float32'"):
+        relative_bars({"m": {"float32": 2.0}, "n": {"int8": 4.0}}, "time")
+    rows = sensitivity_bars({"4 bits": {"a": 1.0}, "3 bits": {"a": 2.0, "b": 3.0}}, "nats")
+    assert [patch.get_width() for patch in rows.axes[0].patches] == [1.0, 2.0, 3.0]
+    assert [text.get_text() for text in rows.axes[0].get_yticklabels()] == ["a", "b"]
+    panels = {"m": {"static": ([1.0], 2.0)}, "n": {"dynamic": ([3.0], 4.0)}}
+    (legend,) = loss_against_alpha(panels, [0.5], "loss").legends
+    assert len(legend.get_texts()) == 4
+
+
+def test_a_theory_of_nothing_that_is_measured_is_refused():
+    with pytest.raises(ValueError, match=r"theory of \['grup'\] in panel 'a'"):
+        error_against_bits(
+            {"a": {"group": ([2], [7.0])}}, "dB", theory={"a": {"grup": ([2], [6.0])}}
+        )
+
+
 def test_clips_that_coincide_are_all_seen():
     """A later line once covered an earlier one, which then stood in the legend alone."""
     figure = clips_on_histogram({"a": (ROW, {"minmax": 3.0, "mse": 3.0, "entropy": 2.0})})
     tops = [top for _, (_, top), _ in lines(figure.axes[0])]
     assert tops[0] == 1 and tops[0] > tops[1] > tops[2] > 0.3
+
+
+def test_nats_lost_carry_their_errors_and_the_float_line():
+    curves = {
+        "nearest": ([3.0, 4.0], [0.9, 0.1], [0.1, 0.02]),
+        "GPTQ": ([3.0, 4.0], [0.4, -0.01], [0.1, 0.02]),
+    }
+    axis = nats_against_bits({"m": curves}).axes[0]
+    assert lines(axis)[0][1:] == ([0, 0], "--")
+    assert axis.lines[0].get_label() == "float"
+    bars = {}
+    for container in axis.containers:
+        point, _, (bar,) = container
+        [(x, low), (_, high)] = bar.get_segments()[0]
+        hollow = point.get_markerfacecolor() == "white"
+        bars[round(x), round((low + high) / 2, 9)] = (round((high - low) / 2, 9), hollow)
+    assert bars == {
+        (3, 0.9): (0.2, False), (4, 0.1): (0.04, False), (3, 0.4): (0.2, False), (4, -0.01): (0.04, True)
+    }  # fmt: skip
+    places = [container[0].get_xdata()[0] for container in axis.containers]
+    assert len(set(places)) == 4  # side by side, so that no bar covers another
+    assert "not distinguished from float" in axis.get_legend_handles_labels()[1]
 
 
 def test_the_readmes_picture_is_the_one_that_the_code_draws():

@@ -17,7 +17,8 @@ from transformers import (
 
 from course_utils.compression import QuantizedLinear, get_method, quantize_model
 from course_utils.data.batches import TrainingBatches
-from course_utils.finetuning.qat import FakeQuantLinear, convert, prepare_qat
+from course_utils.finetuning.conversion import convert
+from course_utils.finetuning.qat import FakeQuantLinear, prepare_qat
 from course_utils.models import linear_layers
 from course_utils.quantizers.affine import Affine
 from course_utils.training.loop import TrainConfig, next_token_loss, train

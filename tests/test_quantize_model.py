@@ -43,6 +43,14 @@ def test_quantized_model_is_close_small_and_survives_saving(make, tokens, tmp_pa
     assert tensor_bytes(loaded) == tensor_bytes(model)
 
 
+def test_process_bytes_loads_packed_weights_as_they_are(tmp_path):
+    model, tokenizer = load_model("course-lm")
+    quantize_model(model, get_method("llm_int8"))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert process_bytes(tmp_path) < 2 * file_bytes(tmp_path)  # float weights would take 2.4 times
+
+
 def test_no_float_weight_is_left_and_the_head_is_kept():
     model = tiny_gpt2()
     quantize_model(model, get_method("llm_int8"))

@@ -2,15 +2,21 @@
 
 import json
 import math
+import os
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import course_utils
 from course_utils import results
 from course_utils.results import entries
+from course_utils.tools import CourseError
+from course_utils.tools.cli.results import app as results_app
+from course_utils.tools.notebooks import pairs
 
 KEY = "demo.tiny.perplexity"
 BIBLIOGRAPHY = "@misc{known2020,\n  title = {Title},\n  author = {Doe, Jo},\n  year = {2020},\n}\n"
@@ -34,7 +40,7 @@ def readme(root: Path, text: str) -> None:
 
 def accept(root: Path, value: float = 12.345, key: str = KEY, **more) -> None:
     results.record(key, value, **more)
-    results.accept(root)
+    results.accept(root, results.list_runs())
 
 
 # ------------------------------------------------------------------ recording
@@ -155,7 +161,7 @@ def test_accepted_files_are_sorted_whatever_the_order_of_the_runs(root):
 
 def test_nothing_is_accepted_without_a_run(root):
     with pytest.raises(ValueError, match="nothing to accept"):
-        results.accept(root)
+        results.accept(root, [])
 
 
 def test_recording_alone_changes_no_accepted_result(root):
@@ -172,7 +178,7 @@ def test_recording_alone_changes_no_accepted_result(root):
 def test_a_run_is_compared_within_the_accepted_tolerance(root, value, deviates):
     accept(root, 10.0, tolerance=0.15)
     results.record(KEY, value, tolerance=99.0)  # a run cannot loosen its own tolerance
-    deviations = results.compare(root)
+    deviations = results.compare(root, results.list_runs())
     assert bool(deviations) == deviates
     assert all(KEY in line for line in deviations)
 
@@ -180,23 +186,126 @@ def test_a_run_is_compared_within_the_accepted_tolerance(root, value, deviates):
 def test_tolerance_zero_asks_for_the_same_value(root):
     accept(root, 8, tolerance=0)
     results.record(KEY, 9)
-    assert len(results.compare(root)) == 1
+    assert len(results.compare(root, results.list_runs())) == 1
 
 
 def test_a_changed_unit_deviates(root):
     accept(root, 8.0, unit="ms", tolerance=1)
     results.record(KEY, 8.0, unit="s")
-    assert len(results.compare(root)) == 1
+    assert len(results.compare(root, results.list_runs())) == 1
 
 
-def test_timings_new_keys_and_other_profiles_are_not_compared(root):
-    accept(root, 10.0)  # no tolerance: a timing
-    accept(root, 1.0, key="demo.exact", tolerance=0)
+def test_timings_are_not_compared(root):
+    accept(root, 10.0)  # no tolerance
     results.record(KEY, 99.0)
-    results.record("demo.new", 99.0, tolerance=0)
+    assert results.compare(root, results.list_runs()) == []
+
+
+def test_a_value_that_was_never_accepted_is_a_deviation(root):
+    """A perplexity of 1e9 once passed where nobody had accepted values of the quick profile."""
+    accept(root, 10.0, tolerance=0)
     results.set_context(profile="quick")
-    results.record("demo.exact", 99.0, tolerance=0)
-    assert results.compare(root) == []
+    results.record(KEY, 1e9, tolerance=0)
+    results.record("demo.a-timing", 1.0)
+    runs = [run for run in results.list_runs() if run["profile"] == "quick"]
+    timing, perplexity = sorted(results.compare(root, runs))
+    assert "demo.a-timing" in timing
+    assert re.fullmatch(
+        rf"{KEY} \(profile quick, model None\): 1e\+09  was never accepted\. Look at it, then "
+        "`course results accept --profile quick`",
+        perplexity,
+    )
+
+
+def test_a_run_that_recorded_nothing_is_a_deviation(root):
+    accept(root, 10.0, tolerance=0)
+    (deviation,) = results.compare(root, [])
+    assert "no values were recorded" in deviation
+
+
+# ------------------------------------------------------------------ protocols
+
+
+def test_a_value_by_another_protocol_stands_beside_the_first(root):
+    """Values measured at length 512 once took the place of those measured at 256."""
+    accept(root, 1.0, tolerance=0, length=256)
+    results.record(KEY, 2.0, tolerance=0, length=512)
+    assert [run["value"] for run in results.list_runs()] == [1.0, 2.0]
+    (deviation,) = results.compare(root, results.list_runs())
+    assert "never accepted by the protocol {'length': 512}, but by [{'length': 256}]" in deviation
+    results.accept(root, results.list_runs())
+    found = [(e["protocol"], e["value"]) for e in results.accepted(root)]
+    assert found == [({"length": 256}, 1.0), ({"length": 512}, 2.0)]
+    assert results.compare(root, results.list_runs()) == []
+
+
+def test_the_order_of_a_protocols_fields_does_not_count(root):
+    accept(root, 1.0, tokens=8, window=4)
+    accept(root, 2.0, window=4, tokens=8)
+    assert [entry["value"] for entry in results.accepted(root)] == [2.0]
+
+
+def test_accepting_can_drop_what_was_measured_by_other_protocols(root):
+    accept(root, 1.0, model="a", length=256)
+    accept(root, 2.0, model="b", length=256)
+    run = results.list_runs()[0] | {"value": 3.0, "protocol": {"length": 512}}
+    results.accept(root, [run], replace=True)
+    found = [(e["model"], e["protocol"]["length"], e["value"]) for e in results.accepted(root)]
+    assert found == [("a", 512, 3.0), ("b", 256, 2.0)]
+
+
+def test_versions_of_a_library_are_no_protocol(root):
+    accept(root, 1.0, versions={"torch": "1.0", "library": "1"}, length=256)
+    accept(root, 2.0, versions={"torch": "1.0", "library": "2"}, length=256)
+    (entry,) = results.accepted(root)
+    assert entry["versions"]["library"] == "2" and entry["versions"]["torch"] == "1.0"
+    assert entry["versions"]["numpy"]
+
+
+def test_records_go_to_the_folder_that_is_named(root, tmp_path):
+    results.record(KEY, 1.0, runs=tmp_path / "of a benchmark")
+    assert results.list_runs() == []
+    assert [run["value"] for run in results.list_runs(tmp_path / "of a benchmark")] == [1.0]
+
+
+def test_a_key_of_two_protocols_needs_a_field_that_tells_them_apart(root):
+    accept(root, 1.0, length=256, tokens=8)
+    accept(root, 2.0, length=512, tokens=8)
+    readme(root, VALUE)
+    results.fill(root)
+    assert any("say which by length=256 or 512" in line for line in results.check(root))
+    readme(root, VALUE.replace("profile=cpu", "profile=cpu length=512"))
+    results.fill(root)
+    assert results.check(root) == []
+    assert "2.00" in (root / "README.md").read_text("utf-8")
+
+    table = TABLES["demo"] | {"protocol": {"length": 256}, "rows": TABLES["demo"]["rows"][:1]}
+    (root / "results" / "tables.json").write_text(json.dumps({"demo": table}), "utf-8")
+    readme(root, "<!-- table: demo --><!-- /table -->")
+    results.fill(root)
+    assert results.check(root) == []
+    assert "| tiny | 1.0 |" in (root / "README.md").read_text("utf-8")
+
+
+@pytest.fixture
+def command(root, monkeypatch):
+    """`course results ...` in this root."""
+    monkeypatch.setattr(pairs, "course_root", lambda: root)
+    return lambda *arguments: CliRunner().invoke(results_app, arguments)
+
+
+def test_accept_takes_over_the_records_of_the_profile(root, command, monkeypatch):
+    monkeypatch.delenv("COURSE_RUNS")
+    for profile, value in {"quick": 1.0, "cpu": 2.0}.items():
+        results.set_context(profile=profile)
+        results.record(KEY, value, tolerance=0, runs=root / "runs" / profile)
+    assert "1 values accepted" in command("accept", "--profile", "quick").output
+    assert [(e["profile"], e["value"]) for e in results.accepted(root)] == [("quick", 1.0)]
+    assert KEY in command("list").output and "COURSE_RUNS" not in os.environ
+    with pytest.raises(
+        CourseError, match=r"recorded in .*colab: `course run --profile colab` first"
+    ):
+        raise command("accept", "--profile", "colab").exception
 
 
 # ------------------------------------------------------------------ filling the README
@@ -266,7 +375,7 @@ def test_a_key_of_two_models_needs_the_model(root):
     accept(root, 2.0, model="b")
     readme(root, VALUE)
     results.fill(root)
-    assert any("model=NAME" in line for line in results.check(root))
+    assert any("say which by model=a or b" in line for line in results.check(root))
     readme(root, VALUE.replace("profile=cpu", "profile=cpu model=b"))
     results.fill(root)
     assert results.check(root) == []

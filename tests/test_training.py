@@ -20,11 +20,11 @@ import course_utils.training.loop as loop_module
 from course_utils import results
 from course_utils.data.batches import TrainingBatches
 from course_utils.data.corpora import Document
-from course_utils.evaluation import ngram as ngram_module
 from course_utils.models import load_model
 from course_utils.results import entries
+from course_utils.tools.site import model_card as report_module
+from course_utils.tools.site import ngram as ngram_module
 from course_utils.training import course_lm
-from course_utils.training import report as report_module
 from course_utils.training.loop import TrainConfig, next_token_loss, train
 
 CONTEXT = 8
@@ -75,7 +75,7 @@ def test_loss_falls_and_the_curve_says_so():
     assert [row["step"] for row in curve] == [10, 20, 30]
     assert curve[0]["loss"] > curve[1]["loss"] > curve[2]["loss"]
     assert curve[-1]["held_out"] < 0.7 * curve[0]["held_out"]
-    assert set(curve[0]) == {"step", "loss", "lr", "held_out", "seconds"}
+    assert set(curve[0]) == {"step", "loss", "lr", "held_out", "seconds", "cpu_seconds"}
 
 
 def test_a_bar_shows_the_steps_and_the_losses_unless_it_is_switched_off(capsys):
@@ -175,6 +175,30 @@ def test_frozen_weights_stay_and_matrices_alone_are_decayed():
         torch.testing.assert_close(p.detach(), before[name] * (0.95 if decayed else 1.0))
 
 
+def test_weight_decay_can_follow_a_schedule():
+    class Alternating(TrainConfig):
+        def weight_decay_at(self, step):
+            return 0.1 * (step % 2)
+
+    model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(
+        model, tiny_batches(), Alternating(steps=4, lr=0.5, warmup=0, eval_every=4), progress=False,
+        loss=lambda m, batch: 0.0 * sum(p.sum() for p in m.parameters()),
+    )  # fmt: skip
+    for name, p in model.named_parameters():
+        factor = 0.95**2 if p.ndim == 2 else 1.0
+        torch.testing.assert_close(p.detach(), before[name] * factor)
+
+
+def test_before_step_is_told_each_step_also_of_a_resumed_run(tmp_path):
+    file, steps = tmp_path / "checkpoint.safetensors", []
+    run(replace(CONFIG, steps=20, decay=0), checkpoint=file, before_step=steps.append)
+    assert steps == list(range(20))
+    run(replace(CONFIG, decay=0), checkpoint=file, before_step=steps.append)
+    assert steps == list(range(30))
+
+
 def test_tied_weights_survive_checkpoint_and_best_weights(tmp_path):
     file = tmp_path / "checkpoint.safetensors"
     run(replace(CONFIG, steps=10, decay=0), evaluate=held_out, checkpoint=file)
@@ -193,7 +217,7 @@ def test_interrupted_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop_module, "save_file", half)
     with pytest.raises(Interrupted):
-        run(checkpoint=file)
+        run(replace(CONFIG, decay=0), checkpoint=file)
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
 
@@ -205,6 +229,140 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
     config.vocab_size = 20
     with pytest.raises(ValueError, match=r"another model .*wte.*\[16, 16\].*\[20, 16\]"):
         run(model=GPT2LMHeadModel(config), checkpoint=file)
+
+
+OTHERS = {
+    "another learning rate": ({"lr": 2e-2}, {}, "lr is 0.01 there, 0.02 here"),
+    "other betas": ({"betas": (0.8, 0.9)}, {}, r"betas is \[0.9, 0.98\] there, \[0.8, 0.9\] here"),
+    "another rhythm": (
+        {"eval_every": 5, "clip": 2.0},
+        {},
+        "clip is 1.0 .*; eval_every is 10 there, 5",
+    ),
+    "other data": ({}, {"batches": tiny_batches(batch_size=5)}, "the first batch is another"),
+    "data called otherwise": ({}, {"data": "sotu"}, "data is 'a stream' there, 'sotu' here"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_checkpoint_of_another_run_is_refused_saying_what_differs(tmp_path, other):
+    """A run once went on with other data, or another learning rate, as if nothing had happened."""
+    file = tmp_path / "checkpoint.safetensors"
+    run(replace(CONFIG, steps=10, decay=0), checkpoint=file, data="a stream")
+    changed, more, message = OTHERS[other]
+    more = {"batches": tiny_batches(), "data": "a stream"} | more
+    config = replace(CONFIG, decay=0, **changed)
+    model = tiny_model(seed=7)
+    with pytest.raises(ValueError, match=rf"another run: {message}.*move it away"):
+        train(model, more.pop("batches"), config, checkpoint=file, progress=False, **more)
+    assert_same_weights(model, tiny_model(seed=7))
+
+
+def test_a_checkpoint_that_does_not_say_what_it_was_made_with_is_refused(tmp_path):
+    file = tmp_path / "checkpoint.safetensors"
+    run(replace(CONFIG, steps=10), checkpoint=file)
+    with loop_module.safe_open(file, "pt") as opened:
+        kept = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        metadata = opened.metadata()
+    del metadata["made"]
+    save_file(kept, file, metadata=metadata)
+    with pytest.raises(ValueError, match="it does not say what it was made with"):
+        run(checkpoint=file)
+
+
+def stopped(config, file, at) -> None:
+    batches = tiny_batches()
+
+    def until(step):
+        if step == at:
+            raise Interrupted
+        return batches(step)
+
+    with pytest.raises(Interrupted):
+        train(tiny_model(), until, config, checkpoint=file, progress=False)
+
+
+@pytest.mark.parametrize(("planned", "steps"), [(30, 40), (40, 30), (30, 21)])
+def test_steps_may_change_before_the_decay_begins(tmp_path, planned, steps):
+    file = tmp_path / "checkpoint.safetensors"
+    stopped(replace(CONFIG, steps=planned), file, at=12)  # the checkpoint is of step 10
+    config = replace(CONFIG, steps=steps)
+    assert_same_weights(run(config, checkpoint=file)[0], run(config)[0])
+
+
+@pytest.mark.parametrize(("planned", "steps", "at"), [(30, 40, 30), (40, 25, 20)])
+def test_steps_may_not_change_once_the_decay_has_begun(tmp_path, planned, steps, at):
+    file = tmp_path / "checkpoint.safetensors"
+    if at == planned:
+        run(replace(CONFIG, steps=planned), checkpoint=file)
+    else:
+        stopped(replace(CONFIG, steps=planned), file, at)
+    message = (
+        f"steps is {planned} there, {steps} here, and after {at} updates the decay of the last 10"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(replace(CONFIG, steps=steps), checkpoint=file)
+
+
+def half_frozen(seed: int = 0, frozen_seed: int = 0) -> GPT2LMHeadModel:
+    """The block is frozen, and the embedding (with the head, which is tied to it) is trained."""
+    model = tiny_model(seed)
+    model.transformer.h[0].load_state_dict(tiny_model(frozen_seed).transformer.h[0].state_dict())
+    model.transformer.h[0].requires_grad_(False)
+    return model
+
+
+def test_trained_weights_alone_are_cloned_and_saved(tmp_path, monkeypatch):
+    file = tmp_path / "checkpoint.safetensors"
+    cloned = []
+    clone = torch.Tensor.clone
+    model = half_frozen()
+    frozen = {p.data_ptr() for p in model.transformer.h.parameters()}
+
+    def noted(tensor, *arguments, **more):
+        cloned.append(tensor.data_ptr())
+        return clone(tensor, *arguments, **more)
+
+    monkeypatch.setattr(torch.Tensor, "clone", noted)
+    run(replace(CONFIG, steps=10), model, evaluate=held_out, checkpoint=file)
+    monkeypatch.undo()
+    assert model.transformer.wte.weight.data_ptr() in cloned and not frozen & set(cloned)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    kinds = ("best", "model", "exp_avg", "exp_avg_sq", "step")
+    assert set(tensors(file)) == {f"{kind}.{name}" for kind in kinds for name in trained}
+
+
+def test_a_half_frozen_model_resumes_and_its_frozen_half_stays(tmp_path):
+    file = tmp_path / "checkpoint.safetensors"
+    whole, _ = run(replace(CONFIG, decay=0), half_frozen(), evaluate=held_out)
+    run(replace(CONFIG, steps=10, decay=0), half_frozen(), evaluate=held_out, checkpoint=file)
+    resumed = half_frozen(seed=7)
+    run(replace(CONFIG, decay=0), resumed, evaluate=held_out, checkpoint=file)
+    assert_same_weights(whole, resumed)
+    assert_same_weights(resumed.transformer.h, tiny_model().transformer.h)
+
+
+def test_a_checkpoint_with_another_frozen_half_is_refused(tmp_path):
+    file = tmp_path / "checkpoint.safetensors"
+    run(replace(CONFIG, steps=10), half_frozen(), checkpoint=file)
+    with pytest.raises(
+        ValueError, match=r"tensors that are not trained are others, as transf.*h\.0"
+    ):
+        run(model=half_frozen(frozen_seed=1), checkpoint=file)
+    thawed = half_frozen().requires_grad_(True)
+    with pytest.raises(ValueError, match=r"another model .*h\.0.* is not trained there, \["):
+        run(model=thawed, checkpoint=file)
+
+
+def test_a_buffer_that_is_another_is_refused(tmp_path):
+    """A packed base, as of QLoRA, lies in buffers."""
+    file = tmp_path / "checkpoint.safetensors"
+    models = [tiny_model(), tiny_model()]
+    for number, model in enumerate(models):
+        model.register_buffer("packed", torch.full((3,), number, dtype=torch.uint8))
+    run(replace(CONFIG, steps=10), models[0], checkpoint=file)
+    with pytest.raises(ValueError, match="1 tensors that are not trained are others, as packed"):
+        run(model=models[1], checkpoint=file)
 
 
 def test_loss_that_is_not_finite_stops_the_run_before_a_checkpoint(tmp_path):
@@ -359,7 +517,7 @@ def test_course_lm_is_written_as_transformers_reads_it(trained):
 
 
 def test_report_measures_records_and_writes_the_card(trained):
-    figures = report_module.report(trained)
+    figures = report_module.report(trained, trained.parent / "runs")
     assert json.loads((trained / "report.json").read_text()) == figures
 
     # one corpus by hand: every token but the first, after at least a stride of others
@@ -409,10 +567,10 @@ def test_report_refuses_other_training_text(trained, monkeypatch):
         report_module, "documents", lambda corpus, split: text("other", "train")[:1]
     )
     with pytest.raises(ValueError, match="the corpora changed"):
-        report_module.report(trained)
+        report_module.report(trained, trained.parent / "runs")
 
 
 def test_report_of_an_unfinished_training(tmp_path):
     save_file({"w": torch.zeros(1)}, tmp_path / "checkpoint.safetensors")
     with pytest.raises(FileNotFoundError, match="course train-lm"):
-        report_module.report(tmp_path)
+        report_module.report(tmp_path, tmp_path / "runs")

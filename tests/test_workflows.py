@@ -29,8 +29,8 @@ KEYS = {
     "job": {
         "name", "needs", "if", "runs-on", "timeout-minutes", "strategy", "env", "permissions", "steps",
     },
-    "call": {"uses"},
-    "step": {"uses", "with", "run"},
+    "call": {"uses", "with"},
+    "step": {"uses", "with", "if", "run"},
     "strategy": {"fail-fast", "matrix"},
 }  # fmt: skip
 INPUTS = {"actions/checkout": set(), "actions/setup-python": {"python-version"}}
@@ -108,7 +108,8 @@ def test_actions_are_githubs_own_pinned_by_major_version(path):
             assert set(step.get("with", {})) <= INPUTS[action]
     for job in jobs(path):
         if "uses" in job:
-            assert "workflow_call" in read(ROOT / job["uses"])["on"]
+            inputs = read(ROOT / job["uses"])["on"]["workflow_call"]["inputs"]
+            assert set(job["with"]) <= set(inputs)
 
 
 @each_workflow
@@ -153,6 +154,19 @@ def test_a_runner_of_ones_own_sees_no_pull_request_and_no_fork():
                 assert set(read(path)["on"]) == {"push", "workflow_dispatch"}
 
 
+def test_colabs_image_runs_as_a_t4_at_a_push_and_the_profile_colab_weekly():
+    (job,) = jobs(FOLDER / "colab.yml")
+    asked = {
+        step["run"].split("course_utils ")[-1]: step["if"] for step in job["steps"] if "if" in step
+    }
+    assert asked == {
+        "test-colab --python python3 --profile quick --t4": "${{ !inputs.weekly }}",
+        "test-colab --python python3": "${{ inputs.weekly }}",
+        "test -- --ignore=tests": "${{ inputs.weekly }}",
+    }
+    assert read(FOLDER / "weekly.yml")["jobs"]["image"]["with"] == {"weekly": True}
+
+
 def test_actionlint_is_told_the_labels_of_runners_of_ones_own():
     """actionlint knows GitHub's own labels only, and refuses any other."""
     told = yaml.safe_load((FOLDER.parent / "actionlint.yaml").read_text(encoding="utf-8"))
@@ -181,5 +195,8 @@ def test_pythons_and_runtimes_are_those_of_the_course():
     pythons = test["strategy"]["matrix"]["python"]
     assert pythons == ["3.11", "3.12", "3.13", "3.14"]
     assert SpecifierSet(supported) == SpecifierSet(f">={pythons[0]}")
+    chosen = {entry["python"]: entry["tests"] for entry in test["strategy"]["matrix"]["include"]}
+    assert chosen == dict.fromkeys(pythons, "not notebook") | {"3.13": ""}
+    assert test["env"] == {"TESTS": "${{ matrix.tests }}"}
     runtimes = read(FOLDER / "weekly.yml")["jobs"]["runtimes"]["strategy"]["matrix"]["include"]
     assert {entry["runtime"] for entry in runtimes} == set(colab.runtimes(ROOT))

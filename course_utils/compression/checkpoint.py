@@ -3,10 +3,9 @@
 A file for each block holds all its tensors as quantization left them, what describes its quantized
 layers, and their reports. `progress.safetensors`, written after it, says how many blocks are finished, and
 holds the inputs of the next one. It also holds the run's fingerprint, a hash of the float model with its
-configuration, of the methods and of the calibration tokens, and of the code, so that no block of another
-run gets in.
-Each file holds a hash of its tensors and of their description: altered, they would still be a model.
-Writing and reading the inputs takes their memory once more for that moment.
+configuration, of the methods, of the calibration tokens and of the code, so that no block of another run
+gets in. Each file holds a hash of its tensors and of their description: altered, they would still be a
+model. Writing and reading the inputs takes their memory once more for that moment.
 """
 
 import hashlib
@@ -25,15 +24,12 @@ from torch import Tensor, nn
 from course_utils.compression.base import LayerReport, Method, QuantizedLinear
 from course_utils.compression.methods import get_method
 from course_utils.compression.saving import describe, empty_layer
+from course_utils.digest import digest
 from course_utils.files import replacing
 from course_utils.models.walk import BlockInputs, replace_module
 
-SHARED = (
-    "compression",
-    "grids",
-    "kernels",
-    "models",
-)  # folders of code that all methods run through
+# Folders of code that all methods run through
+SHARED = ("compression", "grids", "kernels", "models")
 LIBRARIES = ("torch", "transformers")
 
 
@@ -54,9 +50,9 @@ class Checkpoint:
             config.pop(of_the_place, None)
         run = {
             "methods and settings": repr(sorted(methods.items(), key=lambda item: item[0])),
-            "model": _digest(model.state_dict()),
+            "model": digest(model.state_dict()),
             "configuration": json.dumps(config, sort_keys=True, default=str),
-            "calibration": _digest({"tokens": tokens}),
+            "calibration": digest({"tokens": tokens}),
             "code of course_utils": _code(methods),
         }
         run = {part: hashlib.sha256(value.encode()).hexdigest() for part, value in run.items()}
@@ -117,24 +113,15 @@ def _code(methods: Mapping[str, Method]) -> str:
     for name, asked in methods.items():
         for method in (asked, asked.for_layer(name)):
             for kind in (*type(method).__mro__, *method.weight_type.__mro__):
-                file = getattr(
+                if file := getattr(
                     sys.modules[kind.__module__], "__file__", None
-                )  # a notebook has none
-                files |= {Path(file)} if file else set()
+                ):  # a notebook: none
+                    files.add(Path(file))
     return "".join(f"{file}\n{file.read_text('utf-8')}" for file in sorted(files))
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _signature(tensors: Mapping[str, Tensor], described: str) -> str:
-    return hashlib.sha256((described + _digest(tensors)).encode()).hexdigest()
+    return hashlib.sha256((described + digest(tensors)).encode()).hexdigest()
 
 
 def _write(file: Path, tensors: Mapping[str, Tensor], made: dict) -> None:

@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from course_utils.compression.base import Method, QuantizedLinear
 from course_utils.compression.embedding import describe_embeddings, place_empty_embeddings
 from course_utils.compression.methods import get_method
+from course_utils.digest import digest
 from course_utils.models.walk import LinearLayer, replace_module
 
 FORMAT = "course_utils"
@@ -119,7 +120,7 @@ class CourseQuantizer(HfQuantizer):
             # than the model: then transformers 5, which renames them, marks what it has read.
             self._check_read(name, module)
             _restore_dtypes(module, entry)
-            if _digest(module) != entry.get("sha256"):
+            if digest(dict(module.named_buffers())) != entry.get("sha256"):
                 raise _altered(name)
         for name, entry in self.quantization_config.embeddings.items():
             module = model.get_submodule(name)
@@ -128,7 +129,7 @@ class CourseQuantizer(HfQuantizer):
                 owner, _, attribute = key.rpartition(".")
                 tensor = module.get_buffer(key).to(getattr(torch, dtype))
                 setattr(module.get_submodule(owner), attribute, tensor)
-            if _digest(module) != entry.get("sha256"):
+            if digest(dict(module.named_buffers())) != entry.get("sha256"):
                 raise _altered(name)
         _save_with_card(model)
         return model
@@ -183,7 +184,7 @@ def mark_quantized(model: nn.Module) -> None:
     }
     embeddings = describe_embeddings(model)
     for name, entry in embeddings.items():
-        entry["sha256"] = _digest(model.get_submodule(name))
+        entry["sha256"] = digest(dict(model.get_submodule(name).named_buffers()))
     config = CourseQuantizationConfig(layers, embeddings, _hash_of(layers, embeddings))
     model.config.quantization_config = config
     model.hf_quantizer = CourseQuantizer(config)
@@ -249,16 +250,8 @@ def describe(module: QuantizedLinear) -> dict:
             f.name: getattr(weight, f.name) for f in fields(weight) if f.name not in tensors
         },
         "bias": None if module.bias is None else _spec(module.bias),
-        "sha256": _digest(module),
+        "sha256": digest(dict(module.named_buffers())),
     }
-
-
-def _digest(module: nn.Module) -> str:
-    """SHA-256 of the bytes of all the layer's tensors, in their order."""
-    digest = hashlib.sha256()
-    for tensor in module.buffers():
-        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _hash_of(layers: dict, embeddings: dict) -> str:

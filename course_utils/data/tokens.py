@@ -9,7 +9,12 @@ from course_utils.data.corpora import documents
 
 
 def evaluation_tokens(tokenizer, n_tokens: int, corpus: str = "factbook") -> Tensor:
-    """`[n_tokens]` tokens of the evaluation split: the start of each document, in equal shares.
+    """`[n_tokens]` tokens of the evaluation split: its `evaluation_documents` one after another."""
+    return torch.cat(evaluation_documents(tokenizer, n_tokens, corpus))
+
+
+def evaluation_documents(tokenizer, n_tokens: int, corpus: str = "factbook") -> list[Tensor]:
+    """The start of each document of the evaluation split, in equal shares, `n_tokens` tokens in all.
 
     A document shorter than its share is taken whole, and the longer ones give what it lacks. Raises
     `ValueError` if the split does not hold so many tokens.
@@ -29,7 +34,7 @@ def evaluation_tokens(tokenizer, n_tokens: int, corpus: str = "factbook") -> Ten
     for place, i in enumerate(by_length):  # what a short document lacks, the longer ones give
         lengths[i] = min(len(streams[i]), -(-wanted // (len(streams) - place)))
         wanted -= lengths[i]
-    return torch.tensor([token for i, ids in enumerate(streams) for token in ids[: lengths[i]]])
+    return [torch.tensor(ids[: lengths[i]], dtype=torch.int64) for i, ids in enumerate(streams)]
 
 
 def calibration_tokens(tokenizer, sequences: int, length: int, *, seed: int = 0) -> Tensor:

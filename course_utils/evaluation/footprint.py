@@ -24,7 +24,7 @@ def file_bytes(folder: Path) -> int:
 
 _PROBE = """
 import sys, psutil, torch
-import course_utils.quantizers  # registers the course's format with transformers
+import course_utils.compression  # registers the course's format with transformers
 from course_utils.models import load_model
 load_model("course-lm")  # so that what any model needs (code, thread pools) is there before
 process = psutil.Process()

@@ -2,10 +2,12 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,21 @@ class Timing:
 
 @torch.no_grad()
 def time_per_token(
-    model: nn.Module, prompt: Tensor, *, new_tokens: int = 32, warmup: int = 4
+    model: nn.Module,
+    prompt: Tensor,
+    *,
+    new_tokens: int = 32,
+    warmup: int = 4,
+    cache: Callable[[], Cache] | None = None,
 ) -> Timing:
     """Time of greedy decoding, one token at a time with a key-value cache, after `prompt` `[n]`.
 
-    The prompt's own pass and the first `warmup` tokens are not counted.
+    The prompt's own pass and the first `warmup` tokens are not counted. `cache` makes the key-value
+    cache; by default it is the model's own, in the model's precision.
     """
     device = next(model.parameters()).device
-    output = model(input_ids=prompt[None].to(device), use_cache=True)
+    kept = cache and cache()
+    output = model(input_ids=prompt[None].to(device), past_key_values=kept, use_cache=True)
     times = []
     for _ in range(warmup + new_tokens):
         token = output.logits[:, -1:].argmax(-1)

@@ -1,29 +1,25 @@
 """Quantization-aware training: linear layers that learn float weights through a grid of codes.
 
 `prepare_qat` puts a `FakeQuantLinear` in the place of every linear layer, the course's training loop
-trains the model like any other, and `convert` stores what the layers computed with as packed codes:
-the same logits, from integers. The gradients are those of LSQ (`fake_quantization.learned_step`). Built
-step by step in `foundations/ptq_vs_qat`.
+trains the model like any other, and `conversion.convert` stores what the layers computed with as packed
+codes: the same logits, from integers. The gradients are those of LSQ (`fake_quantization.learned_step`).
+Built step by step in `foundations/ptq_vs_qat`.
 """
-
-import time
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from course_utils.compression.base import QuantizedLinear
 from course_utils.compression.checks import check_replaceable
-from course_utils.compression.driver import LayerReport, naming
-from course_utils.compression.model import Report, float_parts
-from course_utils.compression.saving import mark_quantized
+from course_utils.compression.driver import naming
+from course_utils.finetuning.conversion import TrainedLinear
 from course_utils.grids.fake_quantization import learned_step, straight_through
 from course_utils.grids.uniform import code_range, quantize
 from course_utils.models.walk import linear_layers, replace_module
 from course_utils.quantizers.affine import Affine, AffineWeight
 
 
-class FakeQuantLinear(nn.Module):
+class FakeQuantLinear(TrainedLinear):
     """A linear layer that trains a float weight and its steps, and computes with values on their grid.
 
     It starts on the grid of round-to-nearest, `method.quantize(weight)`, and so with its outputs. Trained
@@ -113,36 +109,3 @@ def prepare_qat(model: nn.Module, method: Affine) -> None:
             prepared[layer.name] = FakeQuantLinear(method, layer.weight, layer.bias)
     for name, module in prepared.items():
         replace_module(model, name, module)
-
-
-@torch.no_grad()
-def convert(model: nn.Module) -> Report:
-    """Replace every `FakeQuantLinear` of `model`, in place, by a `QuantizedLinear` with packed codes.
-
-    Codes and steps stand for the very weights that the layers computed with: the logits stay as they were,
-    and the float weights are gone. The report compares with those float weights. Raises `ValueError` if
-    there is no such layer, or if training left weights or steps that have no code; the model is whole then.
-    """
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, FakeQuantLinear)]
-    if not layers:
-        raise ValueError("the model has no FakeQuantLinear: call prepare_qat and train it first.")
-    converted, reports = {}, []
-    for name, layer in layers:
-        start = time.perf_counter()
-        with naming(f"layer {name}"):
-            weight = layer.quantized_weight()
-        seconds = time.perf_counter() - start
-        power = layer.weight.square().sum().item()
-        difference = (layer.weight - weight.dequantize()).square().sum().item()
-        error = difference / power if power else 0.0
-        reports.append(
-            LayerReport(
-                name, weight.shape, weight.bits_per_weight, weight.nbytes, error, None, seconds
-            )
-        )
-        bias = None if layer.bias is None else layer.bias.detach()
-        converted[name] = QuantizedLinear(layer.method, weight, bias)
-    for name, module in converted.items():
-        replace_module(model, name, module)
-    mark_quantized(model)
-    return Report(layers[0][1].method, reports, float_parts=float_parts(model))

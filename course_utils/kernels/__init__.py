@@ -3,12 +3,16 @@
 from course_utils.kernels.fixed_point import quantize_multiplier, requantize
 from course_utils.kernels.int8 import int8_matmul, int8_matmul_zero_points
 from course_utils.kernels.packing import pack, unpack
+from course_utils.kernels.ternary import add_subtract, pack_trits, unpack_trits
 
 __all__ = [
+    "add_subtract",
     "int8_matmul",
     "int8_matmul_zero_points",
     "pack",
+    "pack_trits",
     "quantize_multiplier",
     "requantize",
     "unpack",
+    "unpack_trits",
 ]

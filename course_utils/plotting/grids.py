@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from torch import Tensor
 
-from course_utils.plotting.style import COLOURS, new_figure, styled
+from course_utils.plotting.style import COLOURS, new_figure, series_styles, styled
 
 
 @styled
@@ -59,15 +59,26 @@ def error_against_bits(
 ) -> Figure:
     """Measured curves against bits: `panels[title][label] = (bits, values)`, one axis a panel.
 
-    `theory` holds curves of the same form: each is drawn as a dashed line in the colour of the
-    measured curve of its panel and label. Panels share the vertical axis, unless it is logarithmic.
+    A label has the same colour in all panels. `theory` holds curves of the same form: each is drawn as
+    a dashed line in the colour of the measured curve of its panel and label, and one that has no such
+    curve is a `ValueError`. Panels share the vertical axis, unless it is logarithmic.
     """
+    theory = theory or {}
+    for title, curves in theory.items():
+        if alone := curves.keys() - panels.get(title, {}).keys():
+            raise ValueError(
+                f"theory of {sorted(alone)} in panel {title!r}, where nothing of that name is measured: "
+                f"the panels hold { {title: list(curves) for title, curves in panels.items()} }"
+            )
+    styles = series_styles(
+        (label for curves in panels.values() for label in curves), "linestyle", "marker"
+    )
     figure, axes = new_figure(1, len(panels), height=3.6, sharey=not log, squeeze=False)
     for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
-        for (label, (bits, values)), colour in zip(curves.items(), COLOURS.values(), strict=False):
-            axis.plot(bits, values, marker="o", color=colour, label=label)
-            if theory and label in theory.get(title, {}):
-                axis.plot(*theory[title][label], linestyle="--", color=colour, alpha=0.7)
+        for label, (bits, values) in curves.items():
+            axis.plot(bits, values, label=label, **styles[label])
+        for label, curve in theory.get(title, {}).items():
+            axis.plot(*curve, linestyle="--", color=styles[label]["color"], alpha=0.7)
         if theory:
             axis.plot([], [], linestyle="--", color=COLOURS["grey"], label="theory")
         axis.set_title(title, fontsize=10)
@@ -90,9 +101,10 @@ def rounding_distances(errors: dict[str, Tensor]) -> Figure:
     figure, axis = new_figure(height=3.0)
     reach = max(float(e.abs().max()) for e in errors.values())
     bins = torch.linspace(-reach, reach, 101).tolist()
-    for (name, steps), colour in zip(errors.items(), COLOURS.values(), strict=False):
+    styles = series_styles(errors, "hatch")
+    for name, steps in errors.items():
         weights = torch.full_like(steps, 100 / len(steps)).numpy()
-        axis.hist(steps.numpy(), bins=bins, weights=weights, alpha=0.6, color=colour, label=name)
+        axis.hist(steps.numpy(), bins, weights=weights, alpha=0.6, label=name, **styles[name])
     for sign in (-1, 1):
         axis.axvline(sign / 2, color=COLOURS["grey"], linestyle=":")
     axis.set_xlabel("weight minus its code's value, in steps (dotted: half a step)")

@@ -5,7 +5,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from course_utils.plotting.style import COLOURS, new_figure, styled
+from course_utils.plotting.style import COLOURS, new_figure, series_styles, styled
 
 
 @styled
@@ -57,8 +57,9 @@ def error_against_threshold(
 ) -> Figure:
     """Relative output error (log scale) against the number of float columns; thresholds annotated."""
     figure, axis = new_figure(height=3.6)
-    for (label, values), colour in zip(errors.items(), COLOURS.values(), strict=False):
-        axis.plot(kept, values, marker="o", color=colour, label=label)
+    styles = series_styles(errors, "linestyle", "marker")
+    for label, values in errors.items():
+        axis.plot(kept, values, label=label, **styles[label])
     labels: dict[tuple[int, float], list[str]] = {}
     for x, y, threshold in zip(kept, next(iter(errors.values())), thresholds, strict=True):
         labels.setdefault((x, y), []).append("none" if threshold is None else f"{threshold:g}")
@@ -75,14 +76,21 @@ def error_against_threshold(
 
 @styled
 def relative_bars(groups: dict[str, dict[str, float]], ylabel: str) -> Figure:
-    """Bars by group, each divided by the group's first: `groups[group][variant] = value`."""
+    """Bars by group, each divided by the group's first: `groups[group][variant] = value`.
+
+    A group may lack variants, but not the first: the one that all are divided by is the same.
+    """
     figure, axis = new_figure(height=3.2)
-    variants = list(next(iter(groups.values())))
-    width = 0.8 / len(variants)
-    for i, (variant, colour) in enumerate(zip(variants, COLOURS.values(), strict=False)):
-        values = [group[variant] / group[variants[0]] for group in groups.values()]
-        places = np.arange(len(groups)) + (i - (len(variants) - 1) / 2) * width
-        bars = axis.bar(places, values, width, label=variant, color=colour)
+    styles = series_styles((variant for group in groups.values() for variant in group), "hatch")
+    first = next(iter(styles))
+    if without := [name for name, group in groups.items() if first not in group]:
+        raise ValueError(f"{without} hold no {first!r}, by which the others of a group are divided")
+    width = 0.8 / len(styles)
+    for i, (variant, style) in enumerate(styles.items()):
+        having = [g for g, group in enumerate(groups.values()) if variant in group]
+        values = [g[variant] / g[first] for g in groups.values() if variant in g]
+        places = np.array(having) + (i - (len(styles) - 1) / 2) * width
+        bars = axis.bar(places, values, width, label=variant, **style)
         axis.bar_label(bars, fmt="%.2f", fontsize=8)
     axis.set_xticks(range(len(groups)), list(groups))
     axis.set_ylabel(ylabel)

@@ -3,7 +3,7 @@
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from course_utils.plotting.style import COLOURS, new_figure, styled
+from course_utils.plotting.style import COLOURS, new_figure, series_styles, styled
 
 
 @styled
@@ -15,17 +15,18 @@ def training_curves(
 ) -> Figure:
     """Values over updates, `curves[label] = (updates, values)`, and `levels` as dashed lines.
 
-    A level with the label of a curve is drawn in its colour, and any other in grey.
+    A level with the label of a curve is drawn in its colour, with its marker at the ends; the others
+    are series of their own.
     """
+    levels = levels or {}
+    styles = series_styles([*curves, *levels], "linestyle", "marker")
     figure, axis = new_figure(height=3.6)
-    colour_of = dict(zip(curves, COLOURS.values(), strict=False))
     for label, (updates, values) in curves.items():
-        marker = "o" if len(updates) <= 20 else None
-        axis.plot(updates, values, marker=marker, color=colour_of[label], label=label)
-    for label, value in (levels or {}).items():
-        own = label in colour_of
-        axis.axhline(value, linestyle="--", linewidth=1, alpha=0.8, label=None if own else label,
-                     color=colour_of.get(label, COLOURS["grey"]))  # fmt: skip
+        every = max(1, len(updates) // 20)
+        axis.plot(updates, values, markevery=every, label=label, **styles[label])
+    for label, value in levels.items():
+        style = styles[label] | {"linestyle": "--", "linewidth": 1, "alpha": 0.8}
+        axis.axhline(value, label=None if label in curves else label, **style)
     axis.set_xlabel("updates")
     axis.set_ylabel(ylabel)
     axis.legend(fontsize=8)

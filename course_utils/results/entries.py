@@ -1,7 +1,7 @@
 """Entries of measured values: one JSON object each, written by runs, merged by `accept`.
 
-An entry is known by its key, profile and model together: the same quantity measured in two profiles
-is two entries, and measuring it again in one replaces it.
+An entry is known by its key, profile, model and protocol together: the same quantity measured in two
+profiles, or on windows of two lengths, is two entries, and measuring it again in one replaces it.
 """
 
 import functools
@@ -45,14 +45,17 @@ def record(
     tolerance: float | None = None,
     *,
     model: str | None = None,
+    versions: dict[str, str] | None = None,
+    runs: Path | None = None,
     **protocol: str | float | bool | None,
 ) -> None:
-    """Write one measured value to `$COURSE_RUNS/results` (default `runs/results`).
+    """Write one measured value to the folder `results` in `runs` (default `$COURSE_RUNS`, or `runs`).
 
     `key`: dotted, as `llm_int8.course-lm.int8.perplexity`; its first part names the file that the
     value will be accepted into. `tolerance`: how far, in `unit`, a later run may lie from the
     accepted value; 0 asks for the same value, None (a timing) says that it is not compared. `model`
-    defaults to the context's; `protocol` is what another needs to measure the same again.
+    defaults to the context's; `protocol` is what another needs to measure the same again, and
+    `versions` are those of what else took part, beside (or instead of) this process's.
     Raises `ValueError` for a bad key, a value that is no finite number, a bad tolerance, a protocol
     that is not JSON, or when no profile is known.
     """
@@ -64,22 +67,22 @@ def record(
         "profile": _context["profile"] or os.environ.get("COURSE_PROFILE"),
         "model": model or _context["model"],
         "device": _context["device"],
-        "versions": _versions(),
+        "versions": _versions() | (versions or {}),
         "commit": _commit(),
         "protocol": protocol,
     }
     _validate(entry, where=f"record({key!r})")
     name = hashlib.sha256(repr(_identity(entry)).encode()).hexdigest()[:12]
-    _write_json(_runs_folder() / f"{key}.{name}.json", entry)
+    _write_json(_recorded(runs) / f"{key}.{name}.json", entry)
 
 
-def list_runs() -> list[dict]:
-    """Entries recorded in `$COURSE_RUNS/results`, ordered by key, profile and model."""
-    return sorted(map(_read_entry, _runs_folder().glob("*.json")), key=_identity)
+def list_runs(runs: Path | None = None) -> list[dict]:
+    """Entries recorded in `runs` (default as `record`'s), ordered by key, profile, model and protocol."""
+    return sorted(map(_read_entry, _recorded(runs).glob("*.json")), key=_identity)
 
 
 def accepted(root: Path) -> list[dict]:
-    """Accepted entries, those of `root/results`, ordered by key, profile and model."""
+    """Accepted entries, those of `root/results`, ordered by key, profile, model and protocol."""
     entries = []
     for file in (Path(root) / "results").glob("*.json"):
         if file.name != "tables.json":
@@ -89,55 +92,70 @@ def accepted(root: Path) -> list[dict]:
     return sorted(entries, key=_identity)
 
 
-def accept(root: Path, runs: list[dict] | None = None) -> list[dict]:
-    """Merge run entries (default: `list_runs()`) into `root/results`; returns those entries.
+def accept(root: Path, runs: list[dict], *, replace: bool = False) -> list[dict]:
+    """Merge run entries, as `list_runs()` gives them, into `root/results`; returns those entries.
 
-    An accepted entry of the same key, profile and model is replaced; all others stay.
+    An accepted entry of the same key, profile, model and protocol is replaced; all others stay. With
+    `replace`, those go that tell the same quantity in another protocol.
     """
-    runs = list_runs() if runs is None else runs
     if not runs:
-        raise ValueError(
-            f"nothing to accept: no entries in {_runs_folder()}. Run a notebook first."
-        )
-    merged = {_identity(entry): entry for entry in [*accepted(root), *runs]}
+        raise ValueError("nothing to accept: no values were recorded. Run a notebook first.")
+    measured = set(map(_quantity, runs))
+    stay = [e for e in accepted(root) if not (replace and _quantity(e) in measured)]
+    merged = {_identity(entry): entry for entry in [*stay, *runs]}
     for part in sorted({_part(entry["key"]) for entry in runs}):
         of_part = [merged[i] for i in sorted(merged) if _part(merged[i]["key"]) == part]
         _write_json(Path(root) / "results" / f"{part}.json", of_part)
     return runs
 
 
-def compare(root: Path, runs: list[dict] | None = None) -> list[str]:
-    """What run entries (default: `list_runs()`) say otherwise than the accepted ones, a line each.
+def compare(root: Path, runs: list[dict]) -> list[str]:
+    """What run entries, as `list_runs()` gives them, say otherwise than the accepted ones, a line each.
 
-    Values are compared within the *accepted* tolerance: a run cannot loosen its own. Entries that
-    were never accepted, or were accepted without a tolerance, are not compared.
+    Values are compared within the *accepted* tolerance: a run cannot loosen its own, and entries that
+    were accepted without one are not compared. What was never accepted in its profile, for its model and
+    by its protocol is a line too, and so is a run that recorded nothing: else they would pass unseen.
     """
+    if not runs:
+        return [
+            "no values were recorded, so none can be compared: was COURSE_RUNS set for the run?"
+        ]
     known = {_identity(entry): entry for entry in accepted(root)}
     deviations = []
-    for run in list_runs() if runs is None else runs:
+    for run in runs:
         entry = known.get(_identity(run))
-        if entry is None or entry["tolerance"] is None:
-            continue
-        off = abs(run["value"] - entry["value"])
-        if off > entry["tolerance"] or run["unit"] != entry["unit"]:
+        where = f"{run['key']} (profile {run['profile']}, model {run['model']})"
+        if entry is None:
+            others = [e["protocol"] for e in known.values() if _quantity(e) == _quantity(run)]
+            by = f" by the protocol {run['protocol']}, but by {others}" if others else ""
             deviations.append(
-                f"{run['key']} (profile {run['profile']}, model {run['model']}): "
-                f"{run['value']:.6g} {run['unit']} is {off:.3g} from the accepted "
-                f"{entry['value']:.6g} {entry['unit']}, tolerance {entry['tolerance']:g}"
+                f"{where}: {run['value']:.6g} {run['unit']} was never accepted{by}. Look at it, then "
+                f"`course results accept --profile {run['profile']}`"
             )
+        elif entry["tolerance"] is not None:
+            off = abs(run["value"] - entry["value"])
+            if off > entry["tolerance"] or run["unit"] != entry["unit"]:
+                deviations.append(
+                    f"{where}: {run['value']:.6g} {run['unit']} is {off:.3g} from the accepted "
+                    f"{entry['value']:.6g} {entry['unit']}, tolerance {entry['tolerance']:g}"
+                )
     return deviations
 
 
-def _identity(entry: dict) -> tuple[str, str, str]:
+def _quantity(entry: dict) -> tuple[str, str, str]:
     return entry["key"], entry["profile"], entry["model"] or ""
+
+
+def _identity(entry: dict) -> tuple[str, str, str, str]:
+    return *_quantity(entry), json.dumps(entry["protocol"], sort_keys=True)
 
 
 def _part(key: str) -> str:
     return key.split(".", 1)[0]
 
 
-def _runs_folder() -> Path:
-    return Path(os.environ.get("COURSE_RUNS", "runs")) / "results"
+def _recorded(runs: Path | None) -> Path:
+    return Path(runs or os.environ.get("COURSE_RUNS", "runs")) / "results"
 
 
 def _validate(entry: dict, where: str) -> None:
@@ -156,6 +174,8 @@ def _validate(entry: dict, where: str) -> None:
         _require_number(tolerance, f"{where}: tolerance")
         if tolerance < 0:
             raise ValueError(f"{where}: tolerance {tolerance} must not be negative")
+    if not isinstance(entry["protocol"], dict):
+        raise ValueError(f"{where}: the protocol {entry['protocol']!r} must be fields by name")
     if not entry["profile"]:
         raise ValueError(f"{where}: no profile is known; call profiles.resolve(...) first")
     try:

@@ -4,10 +4,13 @@ Markers, each closed by `<!-- /KIND -->`:
 
 | marker | is filled with |
 | --- | --- |
-| `<!-- value: KEY profile=cpu format=.2f -->` | one accepted value (`model=NAME` if several share the key) |
+| `<!-- value: KEY profile=cpu format=.2f -->` | one accepted value |
 | `<!-- table: NAME -->` | a table of accepted values, laid out in `results/tables.json` |
 | `<!-- notebook: FOLDER/NAME -->` | Colab badge and link, or "not built yet" |
 | `<!-- references: all -->` | the list of all references that the README cites |
+
+A key that was measured on several models or by several protocols takes `model=NAME`, or a field of the
+protocol, as `length=512`, to say which; a table has its fields of the protocol under `"protocol"`.
 
 The rule for numbers. Every number in the README's text stands (1) inside a filled marker, or (2) in a
 paragraph, list item or table row that cites its source, `[@key]`, or (3) in one that says why it is a
@@ -108,18 +111,8 @@ class _Renderer:
     def _value(self, argument: str) -> str:
         key, *options = argument.split()
         named = dict(option.partition("=")[::2] for option in options)
-        if not set(named) <= {"profile", "format", "model"}:
-            self.unknown[argument] = (
-                f"marker {argument!r}: its options are profile=, format= and model="
-            )
-            return NOT_MEASURED
-        return self._formatted(
-            argument,
-            key,
-            named.get("profile", "cpu"),
-            named.get("format", ".4g"),
-            named.get("model"),
-        )
+        profile, spec = named.pop("profile", "cpu"), named.pop("format", ".4g")
+        return self._formatted(argument, key, profile, spec, named)
 
     def _table(self, name: str) -> str:
         if name not in self.tables:
@@ -129,11 +122,10 @@ class _Renderer:
         titles = [*table["labels"], *(column["title"] for column in table["columns"])]
         lines = [titles, ["---"] * len(table["labels"]) + ["---:"] * len(table["columns"])]
         for row in table["rows"]:
+            profile, protocol = table["profile"], table.get("protocol", {})
             values = [
-                self._formatted(
-                    name, column["key"].format(**row), table["profile"], column["format"], None
-                )
-                for column in table["columns"]
+                self._formatted(name, c["key"].format(**row), profile, c["format"], protocol)
+                for c in table["columns"]
             ]
             lines.append([*row["labels"], *values])
         body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -153,22 +145,38 @@ class _Renderer:
         lines = [f"- **@{key}**: {references.as_markdown(bibliography[key])}" for key in keys]
         return "\n\n" + "\n".join(lines) + "\n\n"
 
-    def _formatted(self, marker: str, key: str, profile: str, spec: str, model: str | None) -> str:
+    def _formatted(self, marker: str, key: str, profile: str, spec: str, chosen: dict) -> str:
+        """The value of a key; `chosen` says of which model, or by which fields of the protocol."""
         part = [e for e in self.entries if e["key"].split(".")[0] == key.split(".")[0]]
         part = [e for e in part if e["profile"] == profile]
-        found = [e for e in part if e["key"] == key and model in (None, e["model"])]
+        of_key = [e for e in part if e["key"] == key]
+        found = [
+            e for e in of_key if all(str(_choices(e).get(k)) == str(v) for k, v in chosen.items())
+        ]
         if len(found) == 1:
             return format(found[0]["value"], spec)
+        names = sorted({name for e in of_key for name in _choices(e)})
         if len(found) > 1:
-            models = ", ".join(str(e["model"]) for e in found)
+            told = {n: sorted({str(_choices(e).get(n)) for e in found}) for n in names}
+            by = "; ".join(f"{n}={' or '.join(v)}" for n, v in told.items() if len(v) > 1)
             self.unknown[marker] = (
-                f"{key} is accepted for several models ({models}): add model=NAME"
+                f"{key} is accepted several times: say which by {by}, or keep the last alone "
+                "(`course results accept --replace`)"
+            )
+        elif of_key:
+            self.unknown[marker] = (
+                f"{key} is not accepted for {chosen}: options are profile=, format= and {names}"
             )
         elif part:
             self.unknown[marker] = (
                 f"unknown key {key!r} in profile {profile!r}: measure it and accept it"
             )
         return NOT_MEASURED
+
+
+def _choices(entry: dict) -> dict:
+    """What tells entries of one key and profile apart."""
+    return {**entry["protocol"], "model": entry["model"]}
 
 
 def _numbers_without_source(text: str) -> list[tuple[int, str]]:

@@ -11,6 +11,7 @@ newer ones), the version of Python, and the hundreds of packages that the course
 Colab's own image has them all: give its Python to `run_on_python`.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -29,16 +30,35 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
 
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from course_utils.tools import CourseError
 from course_utils.tools.environments import python_of
 from course_utils.tools.notebooks.execute import execute
-from course_utils.tools.notebooks.pairs import Notebook, from_script
+from course_utils.tools.notebooks.pairs import Notebook, from_script, tagged, tags
+from course_utils.tools.notebooks.side_by_side import execute_all
 from course_utils.tools.notebooks.standard_cells import SETUP
 
 LISTS = "course_utils/tools/runtimes"
+# What a T4 has otherwise than this machine's CPU: run after the set-up cell.
+AS_ON_A_T4 = """
+import sys
+sys.modules["triton"] = None  # its makers do not support a T4: importing it fails
+import torch
+from course_utils import profiles
+profiles._dtype = lambda name, device: torch.float16
+
+def addmm(*matrices, plain=torch.addmm):
+    # GPT-2's product, which a CPU does a hundred times slower in float16.
+    if any(matrix.dtype != torch.float16 for matrix in matrices):
+        return plain(*matrices)
+    return plain(*(matrix.float() for matrix in matrices)).half()
+
+torch.addmm = addmm
+"""
 Versions = dict[str, str]  # package, as pip normalises its name -> version
 
 
@@ -72,7 +92,9 @@ def too_old(root: Path, pins: Versions) -> list[str]:
     ]
 
 
-def run_on_runtime(root: Path, name: str, notebooks: list[Notebook], profile: str) -> str:
+def run_on_runtime(
+    root: Path, name: str, notebooks: list[Notebook], profile: str, *, t4: bool, jobs: int | None
+) -> str:
     """Run notebooks on a runtime's packages; returns one line on how it went.
 
     On a runtime that is too old for the package the set-up cell has to say so and to change nothing.
@@ -83,7 +105,8 @@ def run_on_runtime(root: Path, name: str, notebooks: list[Notebook], profile: st
     python = make_environment(root, folder, pins)
     refused = too_old(root, pins)
     if not refused:
-        return f"{name}: {run_on_python(root, python, notebooks, profile, folder)}"
+        told = run_on_python(root, python, notebooks, profile, folder, t4=t4, jobs=jobs)
+        return f"{name}: {told}"
     before = installed(python)
     with course_archive(root) as address:
         message = set_up(python, address)
@@ -95,24 +118,41 @@ def run_on_runtime(root: Path, name: str, notebooks: list[Notebook], profile: st
 
 
 def run_on_python(
-    root: Path, python: Path, notebooks: list[Notebook], profile: str, runs: Path
+    root: Path,
+    python: Path,
+    notebooks: list[Notebook],
+    profile: str,
+    runs: Path,
+    *,
+    t4: bool,
+    jobs: int | None,
 ) -> str:
     """Run notebooks with the packages of `python`, which the set-up cell may only add to.
 
-    Executed notebooks and records go to `runs`. Returns what happened in one line. Raises
-    `NotLikeColab` or `NotebookFailed`.
+    The first set-up cell runs alone, since it installs; then the notebooks, `jobs` at a time. With `t4`
+    they compute in float16 and without Triton, as on Colab's card. Executed notebooks and records go to
+    `runs`. Returns what happened in one line. Raises `NotLikeColab` or, for notebooks, `CourseError`.
     """
     before = installed(python)
     if "course-utils" in before:
         raise NotLikeColab(f"{python} has course_utils already: the set-up cell would do nothing.")
+    every = {notebook.name: from_script(notebook) for notebook in notebooks}
     start = time.monotonic()
     with course_archive(root) as address:
-        for notebook in notebooks:
-            execute(
-                from_script(notebook), notebook.name, runs / f"{notebook.name}.ipynb",
-                profile=profile, runs=runs, python=str(python), variables=colab_variables(address),
-            )  # fmt: skip
+        like_colab = {"python": str(python), "variables": colab_variables(address)}
+        first = notebooks[0].name
+        execute(
+            only_set_up(every[first]), first, runs / "set-up.ipynb",
+            profile=profile, runs=runs, **like_colab,
+        )  # fmt: skip
+        if t4:
+            every = {name: as_on_a_t4(nb) for name, nb in every.items()}
+        execute_all(every, profile=profile, runs=runs, jobs=jobs, **like_colab)
         again = set_up(python, address)
+    if t4:
+        for name in every:
+            if "in float16 on " not in (runs / f"{name}.ipynb").read_text(encoding="utf-8"):
+                raise NotLikeColab(f"{name} does not print that its profile takes float16.")
     if again:
         raise NotLikeColab(f"the set-up cell fails when it runs again: {again}")
     after = installed(python)
@@ -122,6 +162,21 @@ def run_on_python(
         f"{len(notebooks)} notebooks in {time.monotonic() - start:.0f} s (profile {profile}); "
         f"{len(before)} packages were there and none moved; added: {', '.join(added)}"
     )
+
+
+def as_on_a_t4(nb: NotebookNode) -> NotebookNode:
+    """A notebook that computes in float16 and without Triton on any machine."""
+    changed = copy.deepcopy(nb)
+    after = 1 + next(at for at, cell in enumerate(nb.cells) if "setup" in tags(cell))
+    changed.cells.insert(after, new_code_cell(AS_ON_A_T4))
+    return changed
+
+
+def only_set_up(nb: NotebookNode) -> NotebookNode:
+    """A notebook that runs its set-up cell, and has the parameters that every notebook needs."""
+    changed = copy.deepcopy(nb)
+    changed.cells = [*tagged(changed, "setup"), *tagged(changed, "parameters")]
+    return changed
 
 
 def make_environment(root: Path, folder: Path, pins: Versions) -> Path:

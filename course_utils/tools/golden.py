@@ -4,7 +4,9 @@ Libraries that cannot be installed beside the course, since they ask for other v
 uses, each get an environment of their own: `tools/oracles/LIBRARY/` holds its `requirements.txt` and
 its scripts. A script `WHAT.py` writes `tests/golden/LIBRARY_WHAT.safetensors`, with the versions used
 in its metadata, from `tests/golden/WHAT_layers.safetensors`, which `tools/oracles/WHAT_layers.py`
-wrote before. A script `model/METHOD.py` quantizes a whole model: `course bench quantize` runs it.
+wrote before. Layers that are there are kept: on another machine sums come out otherwise in their last digits,
+and with them all answers. Delete the file to make them anew. A script `model/METHOD.py` quantizes a
+whole model: `course bench quantize` runs it.
 """
 
 import os
@@ -15,6 +17,7 @@ import venv
 from collections.abc import Iterator
 from pathlib import Path
 
+from course_utils.cache import cache_dir
 from course_utils.tools import CourseError
 from course_utils.tools.environments import python_of
 
@@ -36,26 +39,33 @@ def libraries(root: Path, names: list[str] | None = None) -> list[Path]:
 def write_vectors(root: Path, names: list[str] | None = None) -> Iterator[str]:
     """Write the golden vectors of libraries anew; yields what is going on, line by line.
 
-    Environments are kept in `runs/oracles`, and made again when their requirements change. Raises
+    Environments are kept in the course's cache, and made again when their requirements change. Raises
     `CourseError` if something cannot be installed, or a script fails.
     """
     chosen, golden = libraries(root, names), root / "tests" / "golden"
-    golden.mkdir(exist_ok=True)
+    golden.mkdir(parents=True, exist_ok=True)
     for script in sorted(root.glob("course_utils/tools/oracles/*_layers.py")):
-        yield f"{script.stem}: weights, inputs, Hessians"
-        _run([sys.executable, script, golden])
+        layers = golden / f"{script.stem}.safetensors"
+        if layers.exists():
+            yield f"{script.stem}: kept; to make them anew, delete {layers}"
+        else:
+            yield f"{script.stem}: weights, inputs, Hessians"
+            _run([sys.executable, script, golden])
     for folder in chosen:
         yield f"{folder.name}: installing it takes some minutes the first time"
-        made = environment(root, folder)
+        made = environment(folder)
         python = make_environment(folder / "requirements.txt", made)
         for script in sorted(folder.glob("*.py")):  # not those in model/
             yield f"{folder.name}: {script.stem}"
             _run([python, script, golden], cwd=made)  # where libraries may leave their logs
 
 
-def environment(root: Path, library: Path) -> Path:
-    """The folder of the environment of a library, one of `libraries`."""
-    return root / "runs" / "oracles" / library.name
+def environment(library: Path) -> Path:
+    """The folder of the environment of a library, one of `libraries`.
+
+    In the cache, and not beside the course: GPTQModel compiles, which fails where a path has a space.
+    """
+    return cache_dir() / "oracles" / library.name
 
 
 def is_made(requirements: Path, folder: Path) -> bool:

@@ -78,6 +78,7 @@ def train_course_lm(out: Path, config: TrainConfig = SCHEDULE) -> None:
         config,
         evaluate=lambda m: held_out_loss(m, streams["evaluation"]),
         checkpoint=out / "checkpoint.safetensors",
+        data=f"{' and '.join(CORPORA)}, {len(streams['train'])} tokens",
     )
     model.half().save_pretrained(out)
     fast = PreTrainedTokenizerFast(

@@ -8,7 +8,6 @@ memory to the quantized one: calibration is in it, and packing where it is not l
 llm-compressor does), but neither loading nor saving.
 """
 
-import ast
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import course_utils
 from course_utils.compression import Method, get_method, method_names
 from course_utils.compression.methods import method_class
 from course_utils.data.tokens import calibration_tokens, evaluation_tokens
@@ -39,6 +39,9 @@ from course_utils.results import record, set_context
 from course_utils.tools import CourseError
 from course_utils.tools.environments import python_of
 from course_utils.tools.golden import environment, is_made
+from course_utils.tools.parameters import key_and_value
+
+PACKAGE = Path(course_utils.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ class Protocol:
     repeats: int  # rounds, each with a calibration of its own
     threads: int
 
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # of a terminal
+ERROR = re.compile(r"[A-Za-z_][\w.]*(: |$)")  # the line of a traceback that names the error
 
 # What is recorded of a contender, and its unit.
 UNITS = {
@@ -75,6 +81,7 @@ class Contender:
     method: Method
     who: str
     command: list
+    path: Path  # where its command finds modules, beside those that are installed
     runs: list[dict] = field(default_factory=list)
 
     def values(self, name: str) -> list[float]:
@@ -107,15 +114,7 @@ class Contender:
 def parse_method(spec: str) -> Method:
     """A method by its name and settings, as `gptq:n_bits=4,group_size=64`."""
     name, _, rest = spec.partition(":")
-    settings = {}
-    for setting in filter(None, rest.split(",")):
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise CourseError(f"{spec}: a setting is KEY=VALUE, got {setting!r}.")
-        try:
-            settings[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            settings[key] = value  # text, as in group_size=row
+    settings = dict(key_and_value(setting) for setting in filter(None, rest.split(",")))
     if name in method_names():
         known = [known.name for known in fields(method_class(name))]
         if unknown := [key for key in settings if key not in known]:
@@ -139,7 +138,8 @@ def bench(
     contenders, absent = _contenders(root, specs)
     for library in absent:
         yield f"{library} is not installed: `make oracles` (`course oracles`) does it."
-    folder = root / "runs" / "bench" / _label(model_name)
+    runs = root / "runs" / "bench"
+    folder = runs / _label(model_name)
     calibrations, evaluation = _prepare(folder / "float", model_name, protocol)
     yield machine(protocol)
     torch.set_num_threads(protocol.threads)
@@ -147,7 +147,7 @@ def bench(
     if protocol.evaluated:
         model = load_model(str(folder / "float")).model
         reference = perplexity(model, evaluation, window=protocol.length).perplexity
-        _record("float.perplexity", reference, model_name, protocol)
+        _record(runs, "float.perplexity", reference, model_name, protocol)
     for repeat, calibration in enumerate(calibrations):
         save_file({"tokens": calibration}, folder / "float" / "calibration.safetensors")
         for one in contenders[:: -1 if repeat % 2 else 1]:  # a copy, which allows to remove
@@ -172,7 +172,7 @@ def bench(
     summaries = [(one, one.summary(course[one.spec])) for one in contenders]
     for one, summary in summaries:
         for name, value in summary.items():
-            _record(f"{_label(one.spec)}.{one.who}.{name}", value, model_name, protocol, one)
+            _record(runs, f"{_label(one.spec)}.{one.who}.{name}", value, model_name, protocol, one)
     yield table(summaries, reference, model_name, protocol)
 
 
@@ -184,7 +184,11 @@ def run_once(one: Contender, model: Path, out: Path, threads: int) -> dict:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     settings = json.dumps({"name": one.method.name, **asdict(one.method)})
-    variables = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+    variables = {
+        "PYTHONPATH": str(one.path),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(threads),
+    }
     log = out.with_suffix(".log")
     with log.open("w", encoding="utf-8") as file:
         done = subprocess.run(
@@ -195,8 +199,8 @@ def run_once(one: Contender, model: Path, out: Path, threads: int) -> dict:
             stderr=file,
         )
     if done.returncode:
-        last = log.read_text("utf-8", "replace").strip().splitlines()[-1:]
-        reason = f"the run failed: {' '.join(last)} All of it is in {log}."
+        cause = cause_of_failure(log.read_text("utf-8", "replace"))
+        reason = f"the run failed: {cause} All of it is in {log}."
         if one.who == "course":
             raise CourseError(f"{one.spec}, course: {reason}")
         return {"refused": reason}  # of the others' runs there is still a table
@@ -204,6 +208,19 @@ def run_once(one: Contender, model: Path, out: Path, threads: int) -> dict:
     if "refused" not in measured:
         measured["added_bytes"] = measured["peak_bytes"] - measured["loaded_bytes"]
     return measured
+
+
+def cause_of_failure(log: str) -> str:
+    """Why a program failed, in one line: the error that ends its last traceback, or else its last line.
+
+    A library that compiles something ends with all that the compiler said.
+    """
+    lines = [line.strip("\r") for line in COLOUR.sub("", log).splitlines() if line.strip()]
+    starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call")]
+    for line in lines[starts[-1] :] if starts else ():
+        if ERROR.match(line):
+            return line if len(line) <= 200 else f"{line[:200]}..."
+    return lines[-1].strip() if lines else "it said nothing."
 
 
 def machine(protocol: Protocol) -> str:
@@ -267,13 +284,14 @@ def _contenders(root: Path, specs: list[str]) -> tuple[list[Contender], list[str
     for spec in specs:
         method = parse_method(spec)
         command = [sys.executable, "-m", "course_utils.tools.bench.quantize_once"]
-        contenders.append(Contender(spec, method, "course", command))
+        contenders.append(Contender(spec, method, "course", command, PACKAGE.parent))
         for script in sorted(root.glob(f"course_utils/tools/oracles/*/model/{method.name}.py")):
             library = script.parents[1]
-            made = environment(root, library)
+            made = environment(library)
             if is_made(library / "requirements.txt", made):
                 command = [python_of(made), script]
-                contenders.append(Contender(spec, method, library.name, command))
+                memory = PACKAGE / "tools" / "bench" / "memory"
+                contenders.append(Contender(spec, method, library.name, command, memory))
             else:
                 absent[library.name] = None
     return contenders, list(absent)
@@ -320,14 +338,20 @@ def _quantized(model: Path, out: Path) -> PreTrainedModel:
 
 
 def _record(
-    key: str, value: float, model_name: str, protocol: Protocol, one: Contender | None = None
+    runs: Path,
+    key: str,
+    value: float,
+    model_name: str,
+    protocol: Protocol,
+    one: Contender | None = None,
 ) -> None:
     unit = UNITS[key.rpartition(".")[2]]
-    by = {"settings": repr(one.method), **one.runs[0]["versions"]} if one else {}
+    settings = {"settings": repr(one.method)} if one else {}
     set_context(profile="bench", device="cpu")
     record(
         f"bench.{_label(model_name)}.{key}", value, unit, None,
-        model=model_name, corpus="factbook", **asdict(protocol), **by,
+        model=model_name, versions=one.runs[0]["versions"] if one else None, runs=runs,
+        corpus="factbook", **asdict(protocol), **settings,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from course_utils.compression import get_method, quantize_model
 from course_utils.models import load_model
+from course_utils.tools.bench.memory.peak_memory import forget_peak, peak_bytes
 
 
 def main(folder: Path, settings: dict, out: Path) -> None:
@@ -44,27 +45,6 @@ def main(folder: Path, settings: dict, out: Path) -> None:
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "measured.json").write_text(json.dumps(measured), "utf-8")
-
-
-def forget_peak() -> None:
-    """Let `peak_bytes` count from here on, without what loading took. On Linux; elsewhere nothing can."""
-    if sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM: see proc(5)
-
-
-def peak_bytes() -> int:
-    """The most memory that this process held at any time, or since `forget_peak`.
-
-    On Linux not getrusage's, which begins with what the process that started this one held.
-    """
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text("utf-8")
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

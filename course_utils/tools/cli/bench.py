@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-from course_utils.tools.cli.shared import choose_runs
-
 app = typer.Typer(no_args_is_help=True, help="Benchmarks, never run as tests.")
 
 
@@ -38,12 +36,12 @@ def bench_quantize(
     from rich.console import Console
 
     from course_utils.tools.bench.quantize import Protocol, bench
+    from course_utils.tools.notebooks.pairs import course_root
 
-    root = choose_runs("bench")
     threads = threads or torch.get_num_threads()
     protocol = Protocol(sequences, length, evaluated, repeats, threads)
     console = Console(width=None if sys.stdout.isatty() else 160)  # a file has no width of its own
-    for line in bench(root, methods or ["gptq:n_bits=4,group_size=64"], model, protocol):
+    for line in bench(course_root(), methods or ["gptq:n_bits=4,group_size=64"], model, protocol):
         if isinstance(line, str):
             typer.echo(line)
         else:

@@ -1,4 +1,4 @@
-"""Commands on the models that the course trains: train-lm, lm-report."""
+"""Commands on the models that the course makes: train-lm, lm-report, dither, train-bitnet."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from course_utils.tools import CourseError
-from course_utils.tools.cli.shared import choose_runs
+from course_utils.tools.cli.shared import runs_folder
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -38,9 +38,46 @@ def lm_report(
     """
     from course_utils.tools.site.model_card import report
 
-    choose_runs("report")
     try:
-        report(folder)
+        report(folder, runs_folder("report"))
     except (FileNotFoundError, ValueError) as error:
         raise CourseError(str(error)) from error
     typer.echo(f"Wrote {folder / 'README.md'}. Next: `course results accept --profile report`.")
+
+
+@app.command()
+def dither(
+    choose: Annotated[
+        bool, typer.Option("--choose", help="Choose the exempt columns anew: another model.")
+    ] = False,
+) -> None:
+    """Measure what dithering SmolLM2 costs, and that no 4-bit grid is left: about 10 minutes.
+
+    Example: `course dither`.
+    """
+    from course_utils.tools.dither import costs, grid_errors, write_exempt_columns
+
+    if choose:
+        write_exempt_columns()
+    for report in (grid_errors(), costs()):
+        for line in report:
+            typer.echo(line)
+
+
+@app.command()
+def train_bitnet(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and results.")] = Path(
+        "runs/bitnet"
+    ),
+) -> None:
+    """Train the ternary models of `bitnet_demo` and their float twins: hours on two CPU cores.
+
+    Goes on where it was interrupted, and skips what is finished. Example:
+    `course train-bitnet --out runs/bitnet`.
+    """
+    from course_utils.finetuning.bitnet_lm import train_plan
+
+    try:
+        train_plan(out)
+    except ValueError as error:
+        raise CourseError(str(error)) from error

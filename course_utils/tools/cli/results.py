@@ -1,12 +1,12 @@
 """Measured values: `course results`."""
 
 from collections.abc import Callable
-from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from course_utils.tools import CourseError
-from course_utils.tools.cli.shared import ProfileOption, choose_runs, report_problems
+from course_utils.tools.cli.shared import ProfileOption, report_problems, runs_folder
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -16,18 +16,31 @@ def results_list(profile: ProfileOption = "cpu") -> None:
     """Show what runs in a profile recorded. Example: `course results list --profile quick`."""
     from course_utils.results import list_runs
 
-    choose_runs(profile)
-    for entry in _results(list_runs):
+    for entry in _results(list_runs, runs_folder(profile)):
         typer.echo(f"{entry['key']}  {entry['value']:.6g} {entry['unit']}  ({entry['model']})")
 
 
 @app.command("accept")
-def results_accept(profile: ProfileOption = "cpu") -> None:
-    """Make what runs in a profile recorded the accepted values. Example: `course results accept`."""
-    from course_utils.results import accept
+def results_accept(
+    profile: ProfileOption = "cpu",
+    replace: Annotated[
+        bool, typer.Option(help="Drop what the same keys were accepted with by another protocol.")
+    ] = False,
+) -> None:
+    """Make what runs in a profile recorded the accepted values.
 
-    taken = _results(accept, choose_runs(profile))
-    typer.echo(f"{len(taken)} values accepted. Next: `course results fill`.")
+    Examples: `course results accept`; `course results accept --profile quick --replace`.
+    """
+    from course_utils.results import accept, list_runs
+    from course_utils.tools.notebooks.pairs import course_root
+
+    runs = _results(list_runs, runs_folder(profile))
+    if not runs:
+        raise CourseError(
+            f"no values are recorded in {runs_folder(profile)}: `course run --profile {profile}` first."
+        )
+    _results(accept, course_root(), runs, replace=replace)
+    typer.echo(f"{len(runs)} values accepted. Next: `course results fill`.")
 
 
 @app.command("fill")
@@ -50,9 +63,9 @@ def results_check() -> None:
     typer.echo("Every number in the README has a source.")
 
 
-def _results(function: Callable[..., list], *arguments: Path) -> list:
+def _results(function: Callable[..., list], *arguments, **options) -> list:
     """Call into `course_utils.results`, whose `ValueError`s are about the files a person wrote."""
     try:
-        return function(*arguments)
+        return function(*arguments, **options)
     except ValueError as error:
         raise CourseError(str(error)) from error

@@ -1,7 +1,5 @@
 """What several groups of commands need."""
 
-import ast
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,26 +16,16 @@ Names = Annotated[
     ),
 ]
 ProfileOption = Annotated[str, typer.Option(help="quick, cpu, colab or gpu.")]
+JobsOption = Annotated[
+    int | None, typer.Option(help="Notebooks at a time. Default: 2, or 1 where there is one core.")
+]
 
 
-def choose_runs(profile: str) -> Path:
-    """Point `COURSE_RUNS` to the records of a profile's runs; returns the course's folder."""
+def runs_folder(profile: str) -> Path:
+    """Where a profile's runs lie, with what they recorded."""
     from course_utils.tools.notebooks.pairs import course_root
 
-    root = course_root()
-    os.environ["COURSE_RUNS"] = str(root / "runs" / profile)
-    return root
-
-
-def key_and_value(text: str) -> tuple[str, object]:
-    """`KEY=VALUE` with the value as Python writes it, or else as text."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise CourseError(f"a parameter is KEY=VALUE, got {text!r}.")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
+    return course_root() / "runs" / profile
 
 
 def report_problems(problems: list[str]) -> None:
@@ -46,8 +34,9 @@ def report_problems(problems: list[str]) -> None:
         raise CourseError(f"{len(problems)} problems.")
 
 
-def call(module: str, *arguments: str) -> None:
-    """Run a tool of this Python; if it fails, this process ends with its exit status."""
+def call(module: str, *arguments: str, passing: tuple[int, ...] = (0,)) -> int:
+    """Run a tool of this Python; with an exit status other than those in `passing` this process ends, too."""
     status = subprocess.run([sys.executable, "-m", module, *arguments]).returncode
-    if status:
+    if status not in passing:
         sys.exit(status)
+    return status

@@ -7,8 +7,11 @@ from typing import Annotated
 import typer
 
 from course_utils.tools.cli.notebooks import check, run
-from course_utils.tools.cli.shared import ProfileOption, call
+from course_utils.tools.cli.shared import JobsOption, ProfileOption, call
+from course_utils.tools.environments import cores
 
+MOST_WORKERS = 4  # each takes a gigabyte, and so does the kernel that it runs
+NO_TESTS = 5  # pytest's exit status when it has found none to run
 app = typer.Typer(no_args_is_help=True)
 
 
@@ -35,11 +38,15 @@ def test(
 ) -> None:
     """Lint, check, and run all tests, the notebooks among them.
 
-    Examples: `course test`; `course test -- tests/test_build.py -x`.
+    Those that measure memory or time run first, one at a time; then the others, side by side.
+    Examples: `course test`; `course test -- tests/test_build.py -x`; `course test -- -n0 --pdb`.
     """
     lint()
     check()
-    call("pytest", *(arguments or []))
+    given = arguments or []
+    alone = call("pytest", "--alone", *given, passing=(0, NO_TESTS))
+    side_by_side = [f"-n{min(cores(), MOST_WORKERS)}", "--no-loadscope-reorder"]
+    call("pytest", *side_by_side, *given, passing=(0,) if alone == NO_TESTS else (0, NO_TESTS))
 
 
 @app.command()
@@ -55,10 +62,14 @@ def test_colab(
         str | None,
         typer.Option(help="A Python to run on, as that of Colab's image, in place of runtimes."),
     ] = None,
+    t4: Annotated[
+        bool, typer.Option("--t4", help="In float16 and without Triton, as on Colab's card.")
+    ] = False,
+    jobs: JobsOption = None,
 ) -> None:
     """Run every notebook on Colab's packages; its set-up cell installs the course from an archive.
 
-    Examples: `course test-colab`; `course test-colab 2025.10 --profile quick`;
+    Examples: `course test-colab`; `course test-colab 2025.10 --profile quick --t4`;
     `course test-colab --python python3`, in Colab's image.
     """
     import shutil
@@ -70,10 +81,11 @@ def test_colab(
     notebooks = find_notebooks(root)
     if python:
         found = Path(shutil.which(python) or python)
-        typer.echo(colab.run_on_python(root, found, notebooks, profile, root / "runs" / "colab"))
+        runs = root / "runs" / "colab"
+        typer.echo(colab.run_on_python(root, found, notebooks, profile, runs, t4=t4, jobs=jobs))
         return
     for name in colab.runtimes(root, runtimes):
-        typer.echo(colab.run_on_runtime(root, name, notebooks, profile))
+        typer.echo(colab.run_on_runtime(root, name, notebooks, profile, t4=t4, jobs=jobs))
 
 
 @app.command()
@@ -100,7 +112,7 @@ def oracles(
 ) -> None:
     """Write the golden vectors of production libraries anew, into tests/golden.
 
-    Each library is installed in an environment of its own, in runs/oracles: some minutes, 3 GB.
+    Each library is installed in an environment of its own, in the cache: some minutes, 3 GB.
     Examples: `course oracles`; `course oracles gptqmodel`.
     """
     from course_utils.tools.golden import write_vectors

@@ -4,8 +4,10 @@ import nbformat
 from nbformat import NotebookNode
 
 from course_utils.files import replacing
-from course_utils.tools.notebooks.execute import execute
+from course_utils.tools.notebooks.execute import NotebookFailed, execute, recorded
+from course_utils.tools.notebooks.fillings import unfilled
 from course_utils.tools.notebooks.pairs import Notebook, from_script, tags
+from course_utils.tools.notebooks.reader import readers_version
 from course_utils.tools.notebooks.stamps import stamp, versions
 from course_utils.tools.notebooks.standard_cells import write_standard_cells
 
@@ -29,12 +31,22 @@ def build(notebook: Notebook, *, force: bool = False) -> bool:
     runs = notebook.root / "runs" / PROFILE
     out = runs / f"{notebook.name}.ipynb"
     nb = execute(from_script(notebook), notebook.name, out, profile=PROFILE, runs=runs)
-    nb = canonical(nb)
-    nb.metadata["course"] = {"profile": PROFILE, **today, "versions": versions()}
+    entries = recorded(nb)
+    if problems := unfilled(nb, entries):
+        raise NotebookFailed(f"{notebook.name}, {'; '.join(problems)}. See {out}.")
+    nb = readers_version(canonical(nb), entries)
+    nb.metadata["course"] = {
+        "profile": PROFILE, **today, "versions": versions(), "recorded": entries
+    }  # fmt: skip
+    write(nb, notebook)
+    return True
+
+
+def write(nb: NotebookNode, notebook: Notebook) -> None:
+    """Make `nb` the committed notebook."""
     nbformat.validate(nb)
     with replacing(notebook.ipynb) as partial:
         partial.write_text(nbformat.writes(nb) + "\n", encoding="utf-8", newline="\n")
-    return True
 
 
 def read(notebook: Notebook) -> NotebookNode:

@@ -1,16 +1,24 @@
 """Whether scripts, committed notebooks, package and references agree. Runs nothing."""
 
+import re
+from statistics import median
+
 from nbformat import NotebookNode
 
 from course_utils import references
+from course_utils.results import compare
 from course_utils.tools.notebooks.build import PROFILE, WIDGETS, built_from, read
-from course_utils.tools.notebooks.execute import shell_lines
+from course_utils.tools.notebooks.execute import recorded, shell_lines
 from course_utils.tools.notebooks.exercises import exercise_problems
+from course_utils.tools.notebooks.fillings import filling_problems, unfilled
+from course_utils.tools.notebooks.folding import folding_problems, is_folded
 from course_utils.tools.notebooks.pairs import Notebook, from_script, tagged, tags
+from course_utils.tools.notebooks.reader import readers_version
 from course_utils.tools.notebooks.stamps import stamp
 from course_utils.tools.notebooks.standard_cells import SETUP, badge
 
 MAX_LINES, MAX_LINES_EXERCISE, MAX_COLUMNS = 26, 40, 88  # lines that are not blank
+MEDIAN_LINES = 8
 MAX_BYTES = 1_000_000  # GitHub shows no larger notebook
 
 
@@ -20,12 +28,35 @@ def check(notebook: Notebook) -> list[str]:
     problems = _standard_cell_problems(nb, notebook)
     problems += _code_problems(nb)
     problems += exercise_problems(nb)
+    problems += filling_problems(nb)
+    problems += folding_problems(nb)
     problems += _citation_problems(nb, notebook)
     if not notebook.ipynb.exists():
         problems.append(f"it was never built: run `course build {notebook.name}`")
     else:
         problems += _built_problems(nb, notebook)
     return [f"{notebook.name}: {problem}" for problem in problems]
+
+
+def warnings(notebook: Notebook) -> list[str]:
+    """What a notebook's style lacks, one sentence each; to make one a problem, move it to `check`."""
+    nb = from_script(notebook)
+    found = []
+    open_cells = [
+        cell
+        for cell in nb.cells
+        if cell.cell_type == "code" and not is_folded(cell) and "exercise-tests" not in tags(cell)
+    ]
+    lines = median([len(_lines(cell)) for cell in open_cells] or [0])
+    if lines > MEDIAN_LINES:
+        found.append(
+            f"half of its code cells have {lines:g} lines or more, at most {MEDIAN_LINES}: one idea a "
+            "cell, and fold what does not teach"
+        )
+    texts = [cell.source for cell in nb.cells if cell.cell_type == "markdown"]
+    if not any(re.search(r"^## What you saw$", text, re.M) for text in texts):
+        found.append("it has no section `## What you saw`, which answers what its opening promises")
+    return [f"{notebook.name}: {warning}" for warning in found]
 
 
 def _standard_cell_problems(nb: NotebookNode, notebook: Notebook) -> list[str]:
@@ -48,7 +79,7 @@ def _standard_cell_problems(nb: NotebookNode, notebook: Notebook) -> list[str]:
 def _code_problems(nb: NotebookNode) -> list[str]:
     problems = []
     for number, cell in enumerate(nb.cells, 1):
-        lines = [line for line in cell.source.splitlines() if line.strip()]
+        lines = _lines(cell)
         if cell.cell_type != "code" or "setup" in tags(cell):
             continue
         exercise = any(tag.startswith("exercise") for tag in tags(cell))
@@ -96,12 +127,32 @@ def _built_problems(nb: NotebookNode, notebook: Notebook) -> list[str]:
         ]
     if built.metadata.get("course", {}).get("profile") != PROFILE:
         problems.append(f"its outputs are not those of the profile {PROFILE}: {remedy}")
-    if [_content(cell) for cell in built.cells] != [_content(cell) for cell in nb.cells]:
-        problems.append(f"its cells are not those of the script: edit the script, then {remedy}")
+    problems += _cell_problems(built, nb, remedy)
+    entries = [entry | {"profile": PROFILE} for entry in recorded(built)]
+    problems += [
+        f"{deviation}: run `course results accept`, or find out why the value moved"
+        for deviation in compare(notebook.root, entries)
+    ]
     size = notebook.ipynb.stat().st_size
     if size >= MAX_BYTES:
         problems.append(f"the notebook has {size:,} bytes, at most {MAX_BYTES:,}: smaller figures")
     problems += _output_problems(built)
+    return problems
+
+
+def _cell_problems(built: NotebookNode, nb: NotebookNode, remedy: str) -> list[str]:
+    """Whether cells are what `readers_version` makes of the script's and of the run's records."""
+    entries = recorded(built)
+    expected = readers_version(nb, entries).cells
+    if [cell.id for cell in built.cells] != [cell.id for cell in expected]:
+        return [f"its cells are not those of the script: edit the script, then {remedy}"]
+    problems = unfilled(nb, entries)
+    for number, (cell, wanted) in enumerate(zip(built.cells, expected, strict=True), 1):
+        if any(cell[part] != wanted[part] for part in ("cell_type", "source", "metadata")):
+            problems.append(
+                f"cell {number} is not what the script and the run's records make it: "
+                f"edit the script, then {remedy}"
+            )
     return problems
 
 
@@ -122,5 +173,5 @@ def _output_problems(built: NotebookNode) -> list[str]:
     return problems
 
 
-def _content(cell: NotebookNode) -> tuple:
-    return cell.id, cell.cell_type, cell.source, tags(cell)
+def _lines(cell: NotebookNode) -> list[str]:
+    return [line for line in cell.source.splitlines() if line.strip()]

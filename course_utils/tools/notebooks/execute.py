@@ -6,6 +6,7 @@ unknown, or there was no cell for parameters. Here each of these is a failure.
 
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from nbclient.exceptions import CellControlSignal, DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
+from course_utils.results import list_runs
 from course_utils.tools import CourseError
 from course_utils.tools.notebooks.pairs import tagged, tags
 
@@ -48,8 +50,9 @@ def execute(
     """Run a notebook from its first cell to its last, and write the executed notebook to `out`.
 
     The kernel is `python`, by default this process's own, in an empty folder, with `profile` in
-    `COURSE_PROFILE`, `runs`, where records are written, in `COURSE_RUNS`, and `variables` beside them.
-    Raises `NotebookFailed`.
+    `COURSE_PROFILE` and `variables` beside it. What it records goes to `runs`, beside earlier runs'
+    records; `recorded` finds this one's in the executed notebook. Variables are
+    set in this process for as long as it runs: one notebook a process. Raises `NotebookFailed`.
     """
     parameters = parameters or {}
     _refuse_before(nb, name, parameters)
@@ -60,7 +63,7 @@ def execute(
         source, result, cwd = scratch / "source.ipynb", scratch / "result.ipynb", scratch / "empty"
         cwd.mkdir()
         nbformat.write(nb, source)
-        course = {"COURSE_PROFILE": profile, "COURSE_RUNS": str(runs.resolve())}
+        course = {"COURSE_PROFILE": profile, "COURSE_RUNS": str(scratch / "runs")}
         with _environment(course | (variables or {}) | _jupyter_of_its_own(scratch, python)):
             try:
                 papermill.execute_notebook(
@@ -70,7 +73,7 @@ def execute(
                     kernel_name="python3",
                     cwd=cwd,
                     execution_timeout=CELL_TIMEOUT,
-                    progress_bar=_progress_bar(name),
+                    progress_bar=False,
                     coalesce_streams=True,
                 )
             except PapermillExecutionError as error:
@@ -78,9 +81,15 @@ def execute(
             except (CellControlSignal, DeadKernelError) as error:
                 failure = str(error).strip().splitlines()[0]
         executed = nbformat.read(result, as_version=4)
+        executed.metadata["course"] = {"recorded": _take_over(scratch / "runs", runs)}
         nbformat.write(executed, out)
     _refuse_after(executed, name, out, failure)
     return executed
+
+
+def recorded(nb: NotebookNode) -> list[dict]:
+    """What the run of an executed or built notebook recorded: key, model, value and unit of each."""
+    return nb.metadata.get("course", {}).get("recorded", [])
 
 
 def parameter_names(nb: NotebookNode) -> list[str]:
@@ -135,6 +144,15 @@ def _refuse_after(nb: NotebookNode, name: str, out: Path, failure: str | None) -
         raise NotebookFailed(f"{name}: {failure.rstrip('.')}. See {out}.")
 
 
+def _take_over(own: Path, runs: Path) -> list[dict]:
+    """Move a run's records to those of other runs, where they replace older ones of the same name."""
+    entries = list_runs(own)
+    for file in (own / "results").glob("*.json"):
+        (runs / "results").mkdir(parents=True, exist_ok=True)
+        shutil.move(file, runs / "results" / file.name)
+    return [{name: entry[name] for name in ("key", "model", "value", "unit")} for entry in entries]
+
+
 def _jupyter_of_its_own(scratch: Path, python: str) -> dict[str, str]:
     """Variables that keep the user's own Jupyter settings out of a run.
 
@@ -160,7 +178,3 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 del os.environ[key]
             else:
                 os.environ[key] = value
-
-
-def _progress_bar(name: str) -> dict | bool:
-    return {"desc": name, "leave": False} if sys.stderr.isatty() else False

@@ -6,10 +6,12 @@ that students do not see. The markers are nbgrader's.
 """
 
 import re
+from copy import deepcopy
 
 from nbformat import NotebookNode
 
 from course_utils.tools import CourseError
+from course_utils.tools.notebooks.folding import fold
 from course_utils.tools.notebooks.pairs import tags
 
 STATEMENT = re.compile(
@@ -56,13 +58,20 @@ def student_version(nb: NotebookNode, *, solved: bool = False) -> NotebookNode:
     kept = [*_opening(nb), *(cell for cell in nb.cells if set(tags(cell)) & set(KINDS))]
     if not any("exercise" in tags(cell) for cell in kept):
         raise CourseError("the notebook has no exercises: there is no student version of it.")
-    student = NotebookNode(nb | {"cells": [NotebookNode(cell) for cell in kept]})
+    student = NotebookNode(nb | {"cells": [deepcopy(cell) for cell in kept]})
     for cell in student.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
         if not solved:
-            cell.source = _cut(_cut(cell.source, SOLUTION, "raise NotImplementedError()"), HIDDEN)
+            cell.source = _cut(stub(cell), HIDDEN)
+        if "exercise" not in tags(cell):  # theirs to write, so open
+            fold(cell)
     return student
+
+
+def stub(cell: NotebookNode) -> str:
+    """The source of an exercise's cell with `raise NotImplementedError()` in place of its solution."""
+    return _cut(cell.source, SOLUTION, "raise NotImplementedError()")
 
 
 def _opening(nb: NotebookNode) -> list[NotebookNode]:

@@ -1,31 +1,63 @@
 """Stamps: what a notebook was built from, so that only what changed is built again.
 
-A notebook can print something else when its script changes, or a part of the package that it uses.
-The parts are the packages and modules directly inside `course_utils`. Those used are found by
-following imports, a part always as a whole, since it may load its own modules by name. A new method
-therefore asks for a rebuild of the notebooks on methods, and of no others. `build` and `cli` are
-never among them: no notebook may import them (a test holds that). The trained weights in `assets`
-always count; docstrings and comments do too, because telling them apart is not worth the machinery.
+A notebook can print something else when its script changes, or one of the package's files that it uses:
+`sources` finds those. Of them only the code counts, so that a comment or a docstring asks for no
+rebuild. Of the script everything counts, since its text is the notebook's. A stamp is the same on
+every Python and every system.
 """
 
-import ast
 import hashlib
+import io
 import platform
-from collections.abc import Iterable
+import re
+import tokenize
 from importlib.metadata import version
-from pathlib import Path
 
 import course_utils
 from course_utils.tools.notebooks.pairs import Notebook
+from course_utils.tools.notebooks.sources import sources_used
+
+PLAIN_STRING = re.compile(r"(?i)[rub]*[\"']")  # not an f-string, which computes something
+LAYOUT = (tokenize.ENCODING, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
-def stamp(notebook: Notebook) -> dict:
-    """Hashes of the script and of the package's sources that it uses, as they are now."""
-    package = notebook.root / "course_utils"
-    return {
-        "script": _digest([notebook.script], notebook.root),
-        "package": _digest(sources_used(notebook.script, package), notebook.root),
-    }
+def stamp(notebook: Notebook) -> dict[str, str]:
+    """Hashes of the script and of the package's files that it uses, as they are now."""
+    script = hashlib.sha256(_newlines(notebook.script.read_bytes()))
+    package = hashlib.sha256()
+    for file in sources_used(notebook.script, notebook.root / "course_utils"):
+        content = file.read_bytes()
+        if file.suffix == ".py":
+            content = code(_newlines(content).decode("utf-8")).encode("utf-8")
+        name = file.relative_to(notebook.root).as_posix()
+        package.update(f"{name} {len(content)}\n".encode())
+        package.update(content)
+    return {"script": script.hexdigest(), "package": package.hexdigest()}
+
+
+def code(text: str) -> str:
+    """A module's text without comments, blank lines, and statements that are nothing but a string.
+
+    The rest stays as it is written: what Python makes of it (`ast.dump`, the tokens of an f-string)
+    differs from one version to the next.
+    """
+    lines = dict(enumerate(text.split("\n"), 1))
+    statement = []
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        row, column = token.start
+        if token.type == tokenize.COMMENT:
+            lines[row] = lines[row][:column].rstrip()
+        elif token.type == tokenize.NL:
+            if not lines.get(row, "").strip():  # blank, or a comment alone; never inside a string
+                lines.pop(row, None)
+        elif token.type == tokenize.NEWLINE:
+            if statement and all(map(_is_plain_string, statement)):
+                for inside in range(statement[0].start[0], row + 1):
+                    del lines[inside]
+            statement = []
+        elif token.type not in LAYOUT:
+            statement.append(token)
+    return "\n".join(lines.values()).rstrip("\n") + "\n"
 
 
 def versions() -> dict[str, str]:
@@ -35,49 +67,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **libraries, **course}
 
 
-def sources_used(script: Path, package: Path) -> list[Path]:
-    """The package's files that a script depends on, with the assets."""
-    found, waiting = set(), {"__init__", *parts_imported(script)}
-    while waiting:
-        part = waiting.pop()
-        found.add(part)
-        for source in _sources(package, part):
-            waiting |= parts_imported(source) - found
-    files = [source for part in found for source in _sources(package, part)]
-    assets = package / "assets"
-    files += [f for f in assets.rglob("*") if f.is_file() and f.suffix != ".md"]
-    return sorted(files)
+def _is_plain_string(token: tokenize.TokenInfo) -> bool:
+    return token.type == tokenize.STRING and PLAIN_STRING.match(token.string) is not None
 
 
-def parts_imported(source: Path) -> set[str]:
-    """First names below `course_utils` that a Python file imports, anywhere in it."""
-    return {name.split(".")[1] for name in course_imports(source) if "." in name}
-
-
-def course_imports(source: Path) -> set[str]:
-    """Full dotted names from `course_utils` that a Python file imports, anywhere in it."""
-    names = set()
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"), filename=str(source))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in names if name.split(".")[0] == "course_utils"}
-
-
-def _sources(package: Path, part: str) -> list[Path]:
-    """Files of a part; none if the name is no part but something that `__init__` defines."""
-    module, folder = package / f"{part}.py", package / part
-    return [module] if module.is_file() else sorted(folder.rglob("*.py"))
-
-
-def _digest(files: Iterable[Path], root: Path) -> str:
-    """SHA-256 over names and contents; line endings of text count as newlines everywhere."""
-    digest = hashlib.sha256()
-    for file in files:
-        content = file.read_bytes()
-        if file.suffix == ".py":
-            content = content.replace(b"\r\n", b"\n")
-        digest.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode())
-        digest.update(content)
-    return digest.hexdigest()
+def _newlines(content: bytes) -> bytes:
+    return content.replace(b"\r\n", b"\n")

@@ -48,12 +48,12 @@ class Measured(NamedTuple):
     overlap: float  # share of the 13-grams that the training text holds too
 
 
-def report(folder: Path) -> dict:
+def report(folder: Path, runs: Path) -> dict:
     """Measure the model in `folder`; writes `report.json` and the model card `README.md` there.
 
-    The figures are recorded under `course_lm.*` in the profile `report`, and returned. The model is
-    evaluated in float32 on the evaluation splits, in windows of its whole context every `STRIDE`
-    tokens; the baseline is counted on the tokens that the model was trained on.
+    The figures are recorded in the folder `runs` under `course_lm.*`, in the profile `report`, and
+    returned. The model is evaluated in float32 on the evaluation splits, in windows of its whole context
+    every `STRIDE` tokens; the baseline is counted on the tokens that the model was trained on.
     """
     folder = Path(folder)
     log = _training_log(folder)
@@ -82,7 +82,7 @@ def report(folder: Path) -> dict:
         "corpora": {corpus: _figures(m) for corpus, m in measured.items()},
         "samples": _samples(model, tokenizer, seed=log["seed"]),
     }  # fmt: skip
-    _record(figures)
+    _record(figures, runs)
     (folder / "report.json").write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
     (folder / "README.md").write_text(_card(figures, log), "utf-8")
     return figures
@@ -155,10 +155,10 @@ def _samples(
     return found
 
 
-def _record(figures: dict) -> None:
+def _record(figures: dict, runs: Path) -> None:
     results.set_context(profile="report", device="cpu")
     for name, unit in (("parameters", "parameters"), ("tokens_seen", "tokens")):
-        results.record(f"course_lm.{name}", figures[name], unit, 0, model="course-lm")
+        results.record(f"course_lm.{name}", figures[name], unit, 0, model="course-lm", runs=runs)
     for corpus, values in figures["corpora"].items():
         of = {"corpus": corpus, "split": "evaluation", "tokens": values["tokens"]}
         for name, unit in (("perplexity", ""), ("bits_per_byte", "bits/byte")):
@@ -170,7 +170,7 @@ def _record(figures: dict) -> None:
                 # float32 sums differ a little between processors
                 results.record(
                     f"course_lm.{corpus}.{prefix}{name}", value, unit, 1e-3 * value,
-                    model="course-lm", **of, **how,
+                    model="course-lm", runs=runs, **of, **how,
                 )  # fmt: skip
 
 

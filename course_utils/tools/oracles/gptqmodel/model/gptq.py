@@ -18,6 +18,7 @@ import psutil
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig, extension
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
+from peak_memory import forget_peak, peak_bytes
 from safetensors.torch import load_file, save_file
 
 
@@ -49,11 +50,6 @@ def config(settings: dict) -> QuantizeConfig:
     )
 
 
-def peak_bytes() -> int:
-    """As in `quantize_once.py`, on Linux."""
-    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-
-
 def main(folder: Path, settings: dict, out: Path) -> None:
     if reason := refusal(settings):
         (out / "measured.json").write_text(json.dumps({"refused": reason}), "utf-8")
@@ -64,7 +60,7 @@ def main(folder: Path, settings: dict, out: Path) -> None:
     for tensor in model.model.state_dict().values():
         tensor.sum()  # read every page: files are mapped into memory lazily
     loaded = psutil.Process().memory_info().rss
-    Path("/proc/self/clear_refs").write_text("5")  # so that the peak is not one of loading
+    forget_peak()
 
     calibration = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens]
     start = time.perf_counter()

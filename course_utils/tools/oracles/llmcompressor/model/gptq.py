@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
+from peak_memory import forget_peak, peak_bytes
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -50,11 +51,6 @@ def recipe(settings: dict) -> GPTQModifier:
     )
 
 
-def peak_bytes() -> int:
-    """As in `quantize_once.py`, on Linux."""
-    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-
-
 def main(folder: Path, settings: dict, out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if reason := refusal(settings, model):
@@ -64,7 +60,7 @@ def main(folder: Path, settings: dict, out: Path) -> None:
     for tensor in model.state_dict().values():
         tensor.sum()  # read every page: files are mapped into memory lazily
     loaded = psutil.Process().memory_info().rss
-    Path("/proc/self/clear_refs").write_text("5")  # so that the peak is not one of loading
+    forget_peak()
 
     rows = {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}
     start = time.perf_counter()

@@ -1,0 +1,250 @@
+"""Training of the ternary language models and of their float twins: `course train-bitnet`.
+
+One script, one list of runs (`PLAN`), most important first. Twins share architecture, initial weights,
+batches, tokens, schedule, and the effort of tuning: each size sweeps the same learning rates for both
+kinds, in runs of `SWEEP_TOKENS`, and each kind takes the one with the lowest held-out loss.
+"""
+
+import hashlib
+import json
+import math
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import BitNetForCausalLM
+
+from course_utils.data.batches import TrainingBatches, token_stream
+from course_utils.data.corpora import documents
+from course_utils.files import replacing
+from course_utils.finetuning.bitnet import BitLinear, bitnet_model, prepare_bitnet
+from course_utils.models.registry import COURSE_LM
+from course_utils.quantizers.bitnet import BitNet
+from course_utils.training.course_lm import (
+    BATCH,
+    CONTEXT,
+    CORPORA,
+    END_OF_TEXT,
+    VOCABULARY,
+    held_out_loss,
+)  # fmt: skip
+from course_utils.training.loop import TrainConfig, train
+
+WIDTHS = {"tiny": 64, "small": 128, "medium": 192, "large": 256}
+# What the linear layers compute with; None: float weights.
+KINDS = {
+    "float": None,
+    "ternary": BitNet(),
+    "ternary_weights": BitNet(inputs="float"),
+    "ternary_rows": BitNet(rounding="row_absmean"),
+    "binary": BitNet(rounding="binary"),
+}
+TWINS = ("ternary", "float")
+SWEEP_TOKENS = 500_000
+SWEEPS = {
+    "tiny": (1.5e-3, 3e-3, 6e-3),
+    "small": (0.75e-3, 1.5e-3, 3e-3, 6e-3),
+    "medium": (0.75e-3, 1.5e-3, 3e-3),
+    "large": (0.75e-3, 1.5e-3, 3e-3),
+}
+
+
+class TwoStages(TrainConfig):
+    """The schedule that the authors advise, with the ratios of b1.58's FAQ (1.5e-3, 8e-4, 5e-4, 0).
+
+    The first half of the steps falls by a cosine from the peak to 8/15 of it, with weight decay; the second
+    starts at a third of the peak, falls by a cosine to 0, without weight decay.
+    """
+
+    def lr_at(self, step: int) -> float:
+        half = self.steps / 2
+        high, low = (1, 8 / 15) if step < half else (1 / 3, 0)
+        cosine = (1 + math.cos(math.pi * (step % half) / half)) / 2
+        return self.lr * min((step + 1) / self.warmup, low + (high - low) * cosine)
+
+    def weight_decay_at(self, step: int) -> float:
+        return self.weight_decay if step < self.steps / 2 else 0.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. `lr` None: the best of the sweep of this size, for float or for ternary weights."""
+
+    size: str
+    kind: str
+    tokens: int
+    seed: int = 0
+    lr: float | None = None
+    advice: str = "none"  # "two_stages", "quantization_warmup"
+
+    @property
+    def name(self) -> str:
+        parts = [self.size, self.kind, f"{self.tokens / 1e6:g}M"]
+        if self.lr is not None:
+            parts.append(f"lr{self.lr:g}")
+        if self.advice != "none":
+            parts.append(self.advice)
+        return "-".join([*parts, f"seed{self.seed}"])
+
+    def config(self, lr: float) -> TrainConfig:
+        """Warm-up over 5 % of the steps, decay over the last 20 %; a row about every 100 steps."""
+        steps = round(self.tokens / (BATCH * CONTEXT))
+        schedule = TwoStages if self.advice == "two_stages" else TrainConfig
+        return schedule(steps, lr, warmup=steps // 20, decay=steps // 5, eval_every=100)
+
+
+def sweep(size: str) -> list[Run]:
+    """The short runs that choose the learning rates of this size, for both twins."""
+    return [Run(size, kind, SWEEP_TOKENS, lr=lr) for lr in SWEEPS[size] for kind in TWINS]
+
+
+def pair(size: str, tokens: int, seed: int = 0) -> list[Run]:
+    return [Run(size, kind, tokens, seed) for kind in TWINS]
+
+
+SHORT = 1_000_000
+PLAN = [
+    *sweep("small"),
+    *pair("small", 4_000_000),
+    *pair("small", 4_000_000, seed=1),
+    *pair("small", 4_000_000, seed=2),
+    *sweep("tiny"),
+    *pair("tiny", 4_000_000),
+    *sweep("large"),
+    *pair("large", 8_000_000),
+    *pair("small", SHORT),
+    *(Run("small", k, SHORT, advice="two_stages") for k in TWINS),
+    Run("small", "ternary", SHORT, advice="quantization_warmup"),
+    *(Run("small", k, SHORT) for k in ("ternary_weights", "ternary_rows", "binary")),
+    *sweep("medium"),
+    *pair("medium", 4_000_000),
+    *pair("tiny", 4_000_000, seed=1),
+    *pair("tiny", 4_000_000, seed=2),
+]
+
+
+def train_plan(out: Path, plan: list[Run] = PLAN) -> None:
+    """Train the runs of `plan`, one after another; those that `out` holds are skipped."""
+    if all((out / run.name / "log.json").exists() for run in plan):
+        return
+    text = {s: [d for c in CORPORA for d in documents(c, s)] for s in ("train", "evaluation")}
+    tokenizer = Tokenizer.from_file(str(COURSE_LM / "tokenizer.json"))
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    streams = {split: token_stream(tokenizer, found, end) for split, found in text.items()}
+    for run in plan:
+        if not (out / run.name / "log.json").exists():
+            train_run(run, streams["train"], streams["evaluation"], out)
+
+
+def train_run(run: Run, stream: Tensor, held_out: Tensor, out: Path) -> dict:
+    """Train `run` on a token stream; weights (float32) and `log.json` go to `out / run.name`.
+
+    An interrupted run goes on from its checkpoint, bit for bit. Raises `ValueError` if what is there was
+    begun with other settings or other data, or if the learning rate's sweep is not finished.
+    """
+    folder = out / run.name
+    lr = best_rate(run, out) if run.lr is None else run.lr
+    config = run.config(lr)
+    begun = {
+        "run": asdict(run),
+        "schedule": type(config).__name__,
+        "settings": asdict(config),
+        "batch_sequences": BATCH,
+        "context": CONTEXT,
+        "training_tokens_in_corpus": len(stream),
+        "data_sha256": {
+            split: hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+            for split, tokens in (("train", stream), ("held_out", held_out))
+        },
+    }
+    _check_begun(folder / "run.json", begun)
+    model = new_model(run)
+    print(f"{run.name}: lr {lr:g}, {config.steps} steps", flush=True)
+    curve = train(
+        model,
+        TrainingBatches(stream, context=CONTEXT, batch_size=BATCH, seed=run.seed),
+        config,
+        evaluate=lambda m: held_out_loss(m, held_out),
+        before_step=quantization_warmup(model, config.steps // 5)
+        if run.advice == "quantization_warmup"
+        else None,
+        checkpoint=folder / "checkpoint.safetensors",
+        progress=sys.stderr.isatty(),
+    )
+    embedding = model.get_input_embeddings().weight.numel()
+    log = {
+        **begun,
+        "parameters": model.num_parameters(),
+        "parameters_without_embedding": model.num_parameters() - embedding,
+        "held_out": min(row["held_out"] for row in curve),  # nats per token, of the weights kept
+        "seconds": round(sum(row["seconds"] for row in curve), 1),
+        "cpu_seconds": round(sum(row["cpu_seconds"] for row in curve), 1),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "curve": curve,
+    }
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    with replacing(folder / "model.safetensors") as partial:
+        save_file(weights, partial)
+    with replacing(folder / "log.json") as partial:
+        partial.write_text(json.dumps(log, indent=1) + "\n", "utf-8")
+    (folder / "checkpoint.safetensors").unlink()
+    print(f"{run.name}: held-out loss {log['held_out']:.4f}, {log['seconds']:.0f} s", flush=True)
+    return log
+
+
+def new_model(run: Run) -> BitNetForCausalLM:
+    """The model that `run` trains, with fresh weights."""
+    model = bitnet_model(WIDTHS[run.size], vocabulary=VOCABULARY, context=CONTEXT, seed=run.seed)
+    method = KINDS[run.kind]
+    if method is not None:
+        prepare_bitnet(model, method)
+    return model
+
+
+def best_rate(run: Run, out: Path) -> float:
+    """The learning rate with the lowest held-out loss in the sweep of the run's size and twin."""
+    kind = "float" if run.kind == "float" else "ternary"
+    losses = {}
+    for trial in (replace(run, kind=kind, tokens=SWEEP_TOKENS, seed=0, lr=lr, advice="none")
+                  for lr in SWEEPS[run.size]):  # fmt: skip
+        log = out / trial.name / "log.json"
+        if not log.exists():
+            raise ValueError(
+                f"{run.name} needs a learning rate: run {trial.name} of its sweep first"
+            )
+        losses[trial.lr] = json.loads(log.read_text("utf-8"))["held_out"]
+    return min(losses, key=losses.get)
+
+
+def quantization_warmup(model: nn.Module, steps: int) -> Callable[[int], None]:
+    """What sets the strength of the quantization to min(step / `steps`, 1) before each step."""
+    layers = [module for module in model.modules() if isinstance(module, BitLinear)]
+
+    def before_step(step: int) -> None:
+        for layer in layers:
+            layer.strength = min(step / steps, 1.0)
+
+    return before_step
+
+
+def _check_begun(path: Path, begun: dict) -> None:
+    """Write down what a run was begun with; refuse to go on with anything else."""
+    begun = json.loads(json.dumps(begun))  # tuples as lists, as they are read
+    if not path.exists():
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(begun, indent=1) + "\n", "utf-8")
+    elif (found := json.loads(path.read_text("utf-8"))) != begun:
+        differing = [k for k in begun if begun[k] != found.get(k)]
+        raise ValueError(
+            f"{path} was begun with another {', '.join(differing)}: move {path.parent} away to start anew."
+        )

@@ -1,0 +1,1 @@
+"""Files and layouts of other tools."""
