@@ -129,7 +129,7 @@ def gptq_codes(
         scale,
         zero_point,
         group_of[back].int(),
-        errors.T[back].T.square_().div_(2),
+        errors.T[back].T.square_().mul_(0.5),
     )
 
 
