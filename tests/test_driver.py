@@ -7,6 +7,7 @@ import subprocess
 import sys
 import weakref
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -54,6 +55,7 @@ class Probe(Method):
     name: ClassVar[str] = "probe"
     weight_type: ClassVar[type] = Int8Weight
     prefix: ClassVar[str] = "quantized"
+    wants_statistics: ClassVar[bool] = True
 
     def prepare(self, block: nn.Module, inputs: BlockInputs) -> None:
         self.record.hidden.append(inputs.hidden.clone())
@@ -62,8 +64,7 @@ class Probe(Method):
 
     def new_statistics(self, in_features: int, device: torch.device) -> Seen:
         seen = Seen()
-        if in_features > 1:  # not the driver's question whether there are any
-            self.record.held.append(weakref.ref(seen))
+        self.record.held.append(weakref.ref(seen))
         return seen
 
     def quantize(self, weight: Tensor, statistics: Seen | None = None) -> Int8Weight:
@@ -178,6 +179,111 @@ def test_only_layers_of_one_method_share_statistics():
     assert all(torch.equal(a, b) for a, b in zip(query, key, strict=True))
 
 
+# What a method may ask of the walk
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionProbe(Probe):
+    """Looks at what a whole attention gets and returns, as AWQ does to choose its scales."""
+
+    module: str = "self_attn"
+    calls: list = field(default_factory=list)
+
+    def prepare(self, block: nn.Module, inputs: BlockInputs) -> None:
+        attention = block.get_submodule(self.module)
+        for call in inputs.calls(block, self.module):
+            again = attention(*call.args, **call.kwargs)
+            outputs = [o[0] if isinstance(o, tuple) else o for o in (call.output, again)]
+            self.calls.append((call.args, call.kwargs, *outputs, inputs.sequence))
+        assert not attention._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("make", "module"), [(tiny_llama, "self_attn"), (tiny_gpt2, "attn"), (tiny_llama, "mlp.down_proj")]
+)  # fmt: skip
+def test_a_method_sees_the_calls_of_any_submodule_by_position_and_by_name(make, module):
+    model, probe = make(), AttentionProbe(Record(), module)
+    quantize_model(model, probe, calibration=some_tokens(3, 17))
+    assert [sequence for *_, sequence in probe.calls] == [1, 2, 3, 1, 2, 3]
+    for args, kwargs, output, again, _ in probe.calls:
+        assert torch.equal(output, again) and output.shape == (1, 17, 24)
+        assert args or "hidden_states" in kwargs
+    if module == "self_attn":
+        assert all("position_embeddings" in kwargs for _, kwargs, *_ in probe.calls)
+
+
+def test_calls_hold_no_more_than_one_sequence_and_leave_no_hook():
+    model = tiny_llama()
+    _, block = blocks(model)[0]
+    inputs = BlockInputs.of_first_block(model, some_tokens(4, 17))
+    alive = []
+    for call in inputs.calls(block, "self_attn"):
+        alive.append(weakref.ref(call.output[0]))
+        del call
+        assert sum(ref() is not None for ref in alive) <= 1
+    next(inputs.calls(block, "mlp"))  # and the rest is left
+    assert not any(m._forward_hooks for m in block.modules())
+
+
+@dataclass(frozen=True, eq=False)
+class QueriesOtherwise(Probe):
+    """One rewriting method that keeps more bits of the queries."""
+
+    n_bits: int = 4
+
+    def for_layer(self, name: str) -> Method:
+        return Affine(n_bits=8 if "q_proj" in name else self.n_bits, group_size=8)
+
+
+def test_a_rewriting_method_may_treat_its_layers_otherwise(tmp_path):
+    model, record = tiny_llama(), Record()
+    report = quantize_model(model, QueriesOtherwise(record), calibration=some_tokens())
+    assert len(record.hidden) == 2 and not record.layers  # it rewrote, and others quantized
+    for layer in report.layers:
+        assert report.method[layer.name].n_bits == (8 if "q_proj" in layer.name else 4)
+        assert model.get_submodule(layer.name).method == report.method[layer.name]
+    assert "2 x Affine(n_bits=8" in str(report) and "12 x Affine(n_bits=4" in str(report)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(some_tokens()).logits, model(some_tokens()).logits)
+
+
+def test_settings_for_a_layer_that_do_not_fit_it_leave_the_model_whole():
+    model, record = tiny_llama(), Record()
+
+    class Wide(QueriesOtherwise):
+        def for_layer(self, name: str) -> Method:
+            return Affine(group_size=16 if "1.mlp.down_proj" in name else 8)
+
+    with pytest.raises(
+        ValueError, match=r"1\.mlp\.down_proj: group_size 16 does not divide the 40"
+    ):
+        quantize_model(model, Wide(record), calibration=some_tokens())
+    assert len(linear_layers(model)) == 14 and not record.hidden
+
+
+@pytest.mark.parametrize("method", [INT8, GPTQ(group_size=8), SmoothQuant()], ids=lambda m: m.name)
+def test_what_the_last_block_puts_out_is_not_computed_for_nobody(method, monkeypatch):
+    """The inputs moved on through it too; and through blocks behind the last with a layer to quantize."""
+    model, moved = tiny_gpt2(), []
+    original = BlockInputs.advance
+
+    def advance(self, block: nn.Module) -> None:
+        moved.append(block)
+        original(self, block)
+
+    monkeypatch.setattr(BlockInputs, "advance", advance)
+    whole = quantize_model(model, method, calibration=some_tokens(8, 20))
+    assert moved == [model.transformer.h[0]]
+    assert all(layer.output_error > 0 for layer in whole.layers)
+    first = [la.name for la in whole.layers if ".h.0." in la.name]
+    moved.clear()
+    part = quantize_model(tiny_gpt2(), dict.fromkeys(first, method), calibration=some_tokens(8, 20))
+    assert not moved
+    errors = {layer.name: layer.output_error for layer in whole.layers}
+    assert all(layer.output_error == errors[layer.name] for layer in part.layers)
+
+
 class TwiceModel(nn.Module):
     """One block, whose layer `twice` reads what `once` reads, and then what `once` wrote."""
 
@@ -228,21 +334,37 @@ def test_a_mapping_calibrates_the_layers_it_names_in_their_blocks():
     assert torch.equal(hidden, expected["transformer.h.1"])
 
 
-@pytest.mark.parametrize("wrapped", [lambda hidden: hidden, lambda hidden: (hidden, None)])
-def test_blocks_may_return_a_tensor_or_a_tuple(wrapped, monkeypatch):
-    """GPT-2's return a tuple in transformers 4.57, and a tensor in 5."""
-    plain, changed, tokens = tiny_gpt2(), tiny_gpt2(), some_tokens()
-    expected = quantize_model(plain, Probe(Record()), calibration=tokens)
-    for _, block in blocks(changed):
+class Wrapping(nn.Module):
+    """A model whose block returns what `wrap` makes of its hidden states."""
 
-        def forward(*args, original=block.forward, **kwargs):
-            output = original(*args, **kwargs)
-            return wrapped(output if isinstance(output, Tensor) else output[0])
+    def __init__(self, wrap):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.blocks = nn.Embedding(99, 24), nn.ModuleList([nn.Module()])
+        self.blocks[0].proj = nn.Linear(24, 24)
+        self.blocks[0].forward = lambda hidden: wrap(self.blocks[0].proj(hidden))
 
-        monkeypatch.setattr(block, "forward", forward)
-    report = quantize_model(changed, Probe(Record()), calibration=tokens)
-    errors = [layer.output_error for layer in report.layers]
-    assert errors == [layer.output_error for layer in expected.layers]
+    def forward(self, input_ids, use_cache=False):
+        return self.blocks[0](self.embedding(input_ids))
+
+
+@pytest.mark.parametrize("wrap", [lambda h: (h, None), lambda h: [h]])
+def test_blocks_may_return_a_tensor_a_tuple_or_a_list(wrap):
+    """GPT-2's return a tuple in transformers 4.57, and a tensor in 5; GPT-1's return a list."""
+    plain, wrapped = (
+        quantize_model(Wrapping(w).eval(), Probe(Record()), calibration=some_tokens())
+        for w in (lambda h: h, wrap)
+    )
+    assert [layer.output_error for layer in wrapped.layers] == [
+        layer.output_error for layer in plain.layers
+    ]
+
+
+def test_blocks_that_return_no_hidden_states_are_refused():
+    model = Wrapping(lambda h: {"hidden": h}).eval()
+    with pytest.raises(ValueError, match="a block returned a dict: hidden states are a tensor"):
+        quantize_model(model, Probe(Record()), calibration=some_tokens())
+    assert len(linear_layers(model)) == 1
 
 
 @pytest.mark.parametrize("probe", [Probe, FloatProbe])
@@ -342,6 +464,45 @@ def test_blocks_of_another_configuration_are_refused(tmp_path):
         quantize_model(model, method, calibration=tokens, checkpoint=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"model": 1}, "model"), ({"bits": 3}, "methods and settings"), ({"tokens": 1}, "calibration"),
+        ({"bits": 3, "tokens": 1}, "methods and settings, calibration"),
+    ],
+)  # fmt: skip
+def test_a_refusal_says_what_differs(other, named, tmp_path):
+    tokens = some_tokens(3, 17)
+    quantize_model(tiny_llama(), GPTQ(group_size=8), calibration=tokens, checkpoint=tmp_path)
+    method = GPTQ(group_size=8, n_bits=other.get("bits", 4))
+    tokens = some_tokens(3, 17, seed=other.get("tokens", 0))
+    with pytest.raises(ValueError, match=rf"another run: it differs in {named}\. Give"):
+        model = tiny_llama(seed=other.get("model", 0))
+        quantize_model(model, method, calibration=tokens, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("file", ["quantizers/gptq.py", "compression/compensation.py"])
+def test_a_checkpoint_of_other_code_is_refused(file, tmp_path, monkeypatch):
+    """It went on, with blocks that this code would not have made."""
+    method, tokens = GPTQ(group_size=8), some_tokens(3, 17)
+    quantize_model(tiny_llama(), method, calibration=tokens, checkpoint=tmp_path)
+    read = Path.read_text
+
+    def changed(self: Path, *args, **kwargs) -> str:
+        text = read(self, *args, **kwargs)
+        return f"{text}\nx = 1" if self.as_posix().endswith(file) else text
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", changed)
+        with pytest.raises(ValueError, match=r"it differs in code of course_utils\. Give"):
+            quantize_model(tiny_llama(), method, calibration=tokens, checkpoint=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("course_utils.compression.checkpoint.version", lambda name: f"{name} 0.1")
+        with pytest.raises(ValueError, match=r"it differs in torch, transformers\. Give"):
+            quantize_model(tiny_llama(), method, calibration=tokens, checkpoint=tmp_path)
+    quantize_model(tiny_llama(), method, calibration=tokens, checkpoint=tmp_path)
+
+
 @pytest.mark.parametrize("name", ["progress", "model.layers.1"])
 def test_an_altered_byte_of_a_checkpoint_is_noticed(name, tmp_path):
     """It was once loaded as it was, and then signed as right when the model was saved."""
@@ -352,6 +513,19 @@ def test_an_altered_byte_of_a_checkpoint_is_noticed(name, tmp_path):
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name}\.safetensors .*not those that were written"):
+        quantize_model(tiny_llama(), method, calibration=tokens, checkpoint=tmp_path)
+
+
+def test_an_altered_setting_of_a_checkpoint_is_noticed(tmp_path):
+    """The same codes with other bits are another weight."""
+    method, tokens = GPTQ(group_size=8), some_tokens(3, 17)
+    quantize_model(tiny_llama(), method, calibration=tokens, checkpoint=tmp_path)
+    file = tmp_path / "model.layers.1.safetensors"
+    content = file.read_bytes()
+    altered = content.replace(b'n_bits\\": 4', b'n_bits\\": 8')
+    assert altered != content
+    file.write_bytes(altered)
+    with pytest.raises(ValueError, match=r"layers\.1\.safetensors .*not those that were written"):
         quantize_model(tiny_llama(), method, calibration=tokens, checkpoint=tmp_path)
 
 

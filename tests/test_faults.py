@@ -151,6 +151,9 @@ def one_code_more(codes: torch.Tensor) -> torch.Tensor:
 
 
 ALTERED = rf"does not hold layer {LAYER} as it was saved: it is not whole, or was altered\. Save"
+DESCRIBED = (
+    r"does not describe the quantized layers as they were saved: settings or layers were altered"
+)
 DAMAGES = {
     "cut in the middle": (lambda f: cut(f, 9000), "file not fully covered"),
     "cut in its header": (lambda f: cut(f, 5), "header too small"),
@@ -186,8 +189,13 @@ DAMAGES = {
     ),
     "layout without its hash": (
         lambda f: change_config(f, lambda q: q["layers"][LAYER].pop("sha256")),
-        ALTERED,
+        DESCRIBED,
     ),
+    "another setting": (
+        lambda f: change_config(f, lambda q: q["layers"][LAYER]["settings"].update(threshold=3.0)),
+        DESCRIBED,
+    ),
+    "a layer left out": (lambda f: change_config(f, lambda q: q["layers"].pop(LAYER)), DESCRIBED),
     "configuration of another width": (
         lambda f: (f / "config.json").write_text(
             re.sub(r'"vocab_size": \d+', '"vocab_size": 7', (f / "config.json").read_text())

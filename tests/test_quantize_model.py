@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import some_tokens, tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM
 
@@ -185,17 +186,32 @@ def test_a_mapping_quantizes_the_layers_it_names_and_is_saved_layer_by_layer(
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
-def test_what_a_loader_widened_is_stored_as_it_was_again():
+def test_what_a_loader_widened_is_stored_as_it_was_again(tmp_path):
     """transformers 4.57 reads float16 tensors into a float32 model as float32."""
     model = tiny_gpt2()
     quantize_model(model, MIXED)
-    layer = model.get_submodule(C_ATTN)
-    layer.original = layer.original.float()
-    model.hf_quantizer._process_model_after_weight_loading(model)
+    model.save_pretrained(tmp_path)
+    model, quantizer = tiny_gpt2(), model.hf_quantizer
+    tensors = load_file(tmp_path / "model.safetensors")
+
+    def load(**changed: torch.Tensor) -> QuantizedLinear:
+        """The steps of a loader that reads the tensors of one layer as `changed`."""
+        quantizer._process_model_before_weight_loading(model, [tmp_path / "model.safetensors"])
+        for name in MIXED:
+            layer = model.get_submodule(name)
+            for key, _ in list(layer.named_buffers()):
+                setattr(layer, key, tensors[f"{name}.{key}"])
+        layer = model.get_submodule(C_ATTN)
+        for key, tensor in changed.items():
+            setattr(layer, key, tensor)
+        quantizer._process_model_after_weight_loading(model)
+        return layer
+
+    layer = load(original=tensors[f"{C_ATTN}.original"].float())
     assert layer.original.dtype == torch.float16
-    layer.absmax = layer.absmax.half()  # and what it rounded is refused
+    model = tiny_gpt2()
     with pytest.raises(ValueError, match=f"layer {C_ATTN} as it was saved"):
-        model.hf_quantizer._process_model_after_weight_loading(model)
+        load(absmax=tensors[f"{C_ATTN}.absmax"].half())  # what it rounded is refused
 
 
 def test_layers_can_be_quantized_one_after_the_other(tokens):

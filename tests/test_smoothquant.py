@@ -256,18 +256,18 @@ def test_static_inputs_equal_torchs_fake_quantization():
 def test_nonfinite_inputs_are_not_hidden(inputs, bad):
     method, W = SmoothQuant(inputs=inputs), torch.ones(3, 8)
     maxima = method.new_statistics(8, torch.device("cpu"))
-    if maxima is not None:
-        maxima.update(torch.ones(1, 8))
+    maxima.update(torch.ones(1, 8))
     x = torch.ones(2, 8)
     x[1, 2] = bad
     y = method.linear(x, method.quantize(W, maxima), None)
     assert y[0].isfinite().all() and not y[1].isfinite().any()
 
 
-def test_static_inputs_that_were_zero_in_calibration_give_zero():
+def test_static_inputs_that_were_zero_in_calibration_are_refused():
+    """They would clip all later inputs away."""
     method = SmoothQuant(inputs="static")
-    stored = method.quantize(torch.ones(3, 8), method.new_statistics(8, torch.device("cpu")))
-    assert torch.equal(method.linear(torch.ones(2, 8), stored, None), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="all calibration inputs are zero"):
+        method.quantize(torch.ones(3, 8), method.new_statistics(8, torch.device("cpu")))
 
 
 @MODELS
@@ -283,6 +283,23 @@ def test_a_smoothed_model_is_close_and_survives_saving(make, inputs, close, tmp_
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(tokens).logits, logits)
+
+
+def test_a_block_that_holds_a_quantized_layer_is_refused_before_any_is_touched():
+    """It was an AttributeError, when the blocks before were quantized already."""
+    model = tiny_llama()
+    key = "model.layers.1.self_attn.k_proj"
+    quantize_model(model, {key: PLAIN})
+    before = copy.deepcopy(model.state_dict())
+    message = (
+        r"block model\.layers\.1: layer self_attn\.k_proj .* it is a QuantizedLinear\. Smooth a"
+    )
+    with pytest.raises(ValueError, match=message):
+        quantize_model(model, SmoothQuant(), calibration=some_tokens())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert len(linear_layers(model)) == 13
+    unaffected = [layer.name for layer in linear_layers(model) if ".layers.0." in layer.name]
+    quantize_model(model, dict.fromkeys(unaffected, SmoothQuant()), calibration=some_tokens())
 
 
 def test_course_lm_keeps_its_perplexity():

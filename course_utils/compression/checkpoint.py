@@ -3,15 +3,17 @@
 A file for each block holds all its tensors as quantization left them, what describes its quantized
 layers, and their reports. `progress.safetensors`, written after it, says how many blocks are finished, and
 holds the inputs of the next one. It also holds the run's fingerprint, a hash of the float model with its
-configuration, of the methods and of the calibration tokens, so that no block of another run gets in.
-Each file holds a hash of its tensors: altered bytes would still be weights. Writing and reading the
-inputs takes their memory once more for that moment.
+configuration, of the methods, of the calibration tokens and of the code, so that no block of another run
+gets in. Each file holds a hash of its tensors and of their description: altered, they would still be a
+model. Writing and reading the inputs takes their memory once more for that moment.
 """
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -26,13 +28,17 @@ from course_utils.digest import digest
 from course_utils.files import replacing
 from course_utils.models.walk import BlockInputs, replace_module
 
+# Folders of code that all methods run through
+SHARED = ("compression", "grids", "kernels", "models")
+LIBRARIES = ("torch", "transformers")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
     """The finished blocks of one run, in a folder."""
 
     folder: Path
-    run: str
+    run: dict[str, str]  # what makes it this run: a hash or version of each, by a name for people
 
     @classmethod
     def of_run(
@@ -42,12 +48,15 @@ class Checkpoint:
         config = model.config.to_dict() if hasattr(model, "config") else {}
         for of_the_place in ("_name_or_path", "transformers_version"):
             config.pop(of_the_place, None)
-        parts = (
-            repr(sorted(methods.items(), key=lambda item: item[0])),
-            json.dumps(config, sort_keys=True, default=str),
-            digest({**model.state_dict(), "calibration tokens": tokens}),
-        )
-        return cls(folder, hashlib.sha256(" ".join(parts).encode()).hexdigest())
+        run = {
+            "methods and settings": repr(sorted(methods.items(), key=lambda item: item[0])),
+            "model": digest(model.state_dict()),
+            "configuration": json.dumps(config, sort_keys=True, default=str),
+            "calibration": digest({"tokens": tokens}),
+            "code of course_utils": _code(methods),
+        }
+        run = {part: hashlib.sha256(value.encode()).hexdigest() for part, value in run.items()}
+        return cls(folder, run | {library: version(library) for library in LIBRARIES})
 
     def finished(self, inputs: BlockInputs) -> int:
         """How many blocks are finished; if there are any, `inputs` become those of the next block.
@@ -58,10 +67,11 @@ class Checkpoint:
         if not file.is_file():
             return 0
         tensors, made = _read(file, inputs.hidden.device)
-        if made.get("run") != self.run:
+        before = made["run"]
+        if differing := [part for part, value in self.run.items() if before.get(part) != value]:
             raise ValueError(
-                f"{self.folder} holds blocks of another run: of another model, other methods or settings, "
-                "or another calibration. Give checkpoint= an empty folder"
+                f"{self.folder} holds blocks of another run: it differs in {', '.join(differing)}. Give "
+                "checkpoint= an empty folder"
             )
         inputs.hidden.copy_(tensors["hidden"])
         return made["finished"]
@@ -96,21 +106,40 @@ class Checkpoint:
         return [LayerReport(**report) for report in reports]
 
 
+def _code(methods: Mapping[str, Method]) -> str:
+    """The sources that the blocks are made by: what all methods share, and the modules of these."""
+    package = Path(__file__).parent.parent
+    files = {file for folder in SHARED for file in (package / folder).rglob("*.py")}
+    for name, asked in methods.items():
+        for method in (asked, asked.for_layer(name)):
+            for kind in (*type(method).__mro__, *method.weight_type.__mro__):
+                if file := getattr(
+                    sys.modules[kind.__module__], "__file__", None
+                ):  # a notebook: none
+                    files.add(Path(file))
+    return "".join(f"{file}\n{file.read_text('utf-8')}" for file in sorted(files))
+
+
+def _signature(tensors: Mapping[str, Tensor], described: str) -> str:
+    return hashlib.sha256((described + digest(tensors)).encode()).hexdigest()
+
+
 def _write(file: Path, tensors: Mapping[str, Tensor], made: dict) -> None:
     with replacing(file) as partial:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        described = json.dumps(made | {"sha256": digest(contiguous)})
-        save_file(contiguous, partial, metadata={"made": described})
+        described = json.dumps(made)
+        sha256 = _signature(contiguous, described)
+        save_file(contiguous, partial, metadata={"made": described, "sha256": sha256})
 
 
 def _read(file: Path, device: torch.device) -> tuple[dict[str, Tensor], dict]:
     try:
         with safe_open(file, "pt", device=str(device)) as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            made = json.loads(opened.metadata()["made"])
-        if made["sha256"] != digest(tensors):
+            metadata = opened.metadata()
+        if metadata["sha256"] != _signature(tensors, metadata["made"]):
             raise ValueError("its tensors are not those that were written")
-        return tensors, made
+        return tensors, json.loads(metadata["made"])
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise ValueError(
             f"{file} cannot be read ({error}): give checkpoint= an empty folder, and start again"

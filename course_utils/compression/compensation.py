@@ -33,7 +33,7 @@ def compensate(
     columns = W.shape[1]
     if columns % width or block_size % width:
         raise ValueError(
-            f"steps of {width} columns divide neither or only one of {columns} columns and blocks of "
+            f"steps of {width} columns do not divide both the {columns} columns and blocks of "
             f"{block_size}: choose a width that divides both"
         )
     E = torch.zeros_like(W)
@@ -43,15 +43,16 @@ def compensate(
         for i in range(start, stop, width):
             j = i + width
             w = block[:, i - start : j - start]  # [out, width]
-            change = w - rounding(i, w, E[:, start:i])
-            E[:, i:j] = _over(change, U[i:j, i:j])
-            block[:, j - start :].addmm_(E[:, i:j], U[i:j, j:stop], alpha=-1)
+            E_i = torch.sub(w, rounding(i, w, E[:, start:i]), out=E[:, i:j])
+            _divide(E_i, U[i:j, i:j])
+            block[:, j - start :].addmm_(E_i, U[i:j, j:stop], alpha=-1)
         W[:, stop:].addmm_(E[:, start:stop], U[start:stop, stop:], alpha=-1)
     return E
 
 
-def _over(change: Tensor, factor: Tensor) -> Tensor:
-    """`change` `[out, width]` times the inverse of the upper triangular `factor` `[width, width]`."""
-    if len(factor) == 1:
-        return change / factor  # exact rounding, which a triangular solver need not give
-    return torch.linalg.solve_triangular(factor, change, upper=True, left=False)
+def _divide(E_i: Tensor, U_ii: Tensor) -> None:
+    """`E_i` `[out, width]`, in place, times the inverse of the upper triangular `U_ii` `[width, width]`."""
+    if len(U_ii) == 1:
+        E_i.div_(U_ii)  # exact rounding, which a triangular solver need not give
+    else:
+        E_i.copy_(torch.linalg.solve_triangular(U_ii, E_i, upper=True, left=False))

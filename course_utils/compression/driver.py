@@ -26,10 +26,12 @@ from course_utils.compression.base import (
     all_finite,
 )
 from course_utils.compression.checkpoint import Checkpoint
+from course_utils.compression.checks import check_calibrated, check_unshared
 from course_utils.models.walk import (
     BlockInputs,
     LinearLayer,
     blocks,
+    layer_input,
     linear_layers,
     replace_module,
 )
@@ -47,7 +49,11 @@ def naming(what: str) -> Iterator[None]:
 def quantize_layer(
     layer: LinearLayer, method: Method, statistics: Statistics | None = None
 ) -> tuple[QuantizedLinear, LayerReport]:
-    """The layer that takes the place of `layer`, and its report, with an output error if statistics tell."""
+    """The layer that takes the place of `layer`, and its report, with an output error if statistics tell.
+
+    `method` is the one that was asked for: the layer gets `method.for_layer`.
+    """
+    method = method.for_layer(layer.name)
     start = time.perf_counter()
     with naming(f"layer {layer.name}"):
         weight = method.quantize(layer.weight, statistics)
@@ -99,18 +105,19 @@ def quantize_blocks(
     ask for what cannot be had together, or if the folder's blocks are of another run.
     """
     prefix = _prefix(methods)
-    _check_blocks(model, methods)
+    last = _check_blocks(model, methods, tokens)
     inputs = BlockInputs.of_first_block(model, tokens)
     kept = Checkpoint.of_run(checkpoint, model, methods, tokens) if checkpoint else None
     finished = kept.finished(inputs) if kept else 0
     reports = []
     for number, (name, block) in enumerate(
-        tqdm(blocks(model), disable=not progress, desc="blocks")
+        tqdm(blocks(model)[: last + 1], disable=not progress, desc="blocks")
     ):
         if number < finished:
             reports += kept.restore(name, block)
             continue
-        new = _quantize_block(name, block, methods, inputs, prefix)
+        advance = None if number == last else prefix
+        new = _quantize_block(name, block, methods, inputs, advance)
         if kept:
             kept.save(name, block, new, number + 1, inputs)
         reports += new
@@ -122,9 +129,9 @@ def _quantize_block(
     block: nn.Module,
     methods: Mapping[str, Method],
     inputs: BlockInputs,
-    prefix: Literal["quantized", "float"],
+    advance: Literal["quantized", "float"] | None,
 ) -> list[LayerReport]:
-    """Replace the layers of one block, and make `inputs` those of the next."""
+    """Replace the layers of one block; `inputs` become those of the next, by the block in that form."""
     own = _own(name, block, methods)
     if method := _rewriting(name, own):
         with naming(f"block {name}"):
@@ -133,10 +140,10 @@ def _quantize_block(
     quantized = {
         layer: quantize_layer(layer, method, statistics.get(layer)) for layer, method in own.items()
     }
-    reports = _output_errors(block, inputs, quantized, advance=prefix == "float")
+    reports = _output_errors(block, inputs, quantized, advance=advance == "float")
     for layer, (module, _) in quantized.items():
         replace_module(block, layer.name.removeprefix(f"{name}."), module)
-    if prefix == "quantized":
+    if advance == "quantized":
         inputs.advance(block)
     return reports
 
@@ -149,6 +156,7 @@ def _statistics(
     Layers that read the same tensor, as queries, keys and values do, have one together if their
     method is the same.
     """
+    own = {layer: method.for_layer(layer.name) for layer, method in own.items()}
     wanting = [layer for layer, method in own.items() if method.wants_statistics]
     statistics: dict[LinearLayer, Statistics] = {}
     if not wanting:
@@ -172,7 +180,10 @@ def _reading_the_same(
     """The layers in groups whose input is one tensor, as running the first sequence shows."""
     read: dict[LinearLayer, list[Tensor]] = {layer: [] for layer in layers}
     handles = [
-        layer.module.register_forward_pre_hook(lambda _, args, of=tensors: of.append(args[0]))
+        layer.module.register_forward_pre_hook(
+            lambda _, args, kwargs, of=tensors: of.append(layer_input(args, kwargs)),
+            with_kwargs=True,
+        )
         for layer, tensors in read.items()
     ]
     try:
@@ -193,24 +204,39 @@ def _own(name: str, block: nn.Module, methods: Mapping[str, Method]) -> dict[Lin
     return {layer: methods[layer.name] for layer in layers if layer.name in methods}
 
 
-def _check_blocks(model: nn.Module, methods: Mapping[str, Method]) -> None:
-    """Refuse now what would fail halfway through, or be passed over."""
-    outside = dict.fromkeys(methods)
-    for name, block in blocks(model):
+def _check_blocks(model: nn.Module, methods: Mapping[str, Method], tokens: Tensor) -> int:
+    """Refuse now what would fail halfway through, or be passed over; returns the last block to quantize."""
+    layers: dict[LinearLayer, Method] = {}
+    last = 0
+    for number, (name, block) in enumerate(blocks(model)):
         own = _own(name, block, methods)
-        _rewriting(name, own)
-        for layer in own:
-            del outside[layer.name]
-    if outside:
+        if method := _rewriting(name, own):
+            check_unshared(name, block, model)
+            with naming(f"block {name}"):
+                method.check_block(block)
+        layers |= own
+        last = number if own else last
+    inside = {layer.name for layer in layers}
+    if outside := [name for name in methods if name not in inside]:
         raise ValueError(
             "these layers lie in none of the decoder blocks, so no calibration reaches them: "
             f"{', '.join(outside)}. Name the layers to quantize in a mapping, without these."
         )
+    wanting = [
+        layer for layer, asked in layers.items() if asked.for_layer(layer.name).wants_statistics
+    ]
+    check_calibrated(model, tokens, list(layers), wanting)
+    return last
 
 
 def _prefix(methods: Mapping[str, Method]) -> Literal["quantized", "float"]:
     """The prefix that the methods agree on; the float one if they look at no inputs."""
-    wanted = {method.prefix: method for method in methods.values() if method.needs_calibration}
+    wanted = {
+        method.prefix: method
+        for name, asked in methods.items()
+        for method in (asked, asked.for_layer(name))
+        if method.needs_calibration
+    }
     if len(wanted) > 1:
         raise ValueError(
             "these methods cannot be calibrated in one pass, since the blocks before are float for one and "
@@ -266,20 +292,21 @@ def _watched(
     """While this is open, a layer's watcher gets its inputs `[tokens, in]` and outputs, each time it runs."""
 
     def hook_for(layer: LinearLayer, watch: Callable[[Tensor, Tensor], None]) -> Callable:
-        def hook(_, args: tuple, output: Tensor):
-            x = args[0]
+        def hook(_, args: tuple, kwargs: dict, output: Tensor):
+            x = layer_input(args, kwargs)
             if not all_finite(x):
                 raise ValueError(
                     f"layer {layer.name}: {int((~x.isfinite()).sum())} of its {x.numel()} inputs are NaN or "
                     f"infinite in {x.dtype} on calibration sequence {inputs.sequence}. Repair the "
                     "checkpoint, or load the model in a wider dtype."
                 )
-            watch(x.flatten(0, -2), output.flatten(0, -2))
+            if x.numel():
+                watch(x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1]))
 
         return hook
 
     handles = [
-        layer.module.register_forward_hook(hook_for(layer, watch))
+        layer.module.register_forward_hook(hook_for(layer, watch), with_kwargs=True)
         for layer, watch in watchers.items()
     ]
     try:
@@ -294,12 +321,21 @@ class _Error:
 
     def __init__(self):
         self.difference = self.power = 0.0
+        self.measured = False
 
     def add(self, exact: Tensor, approximate: Tensor) -> None:
-        self.difference += (exact.float() - approximate.float()).square().sum().item()
-        self.power += exact.float().square().sum().item()
+        self.measured = True
+        self.difference += _sum_of_squares(exact.float() - approximate.float())
+        self.power += _sum_of_squares(exact)
 
     @property
-    def relative(self) -> float:
-        """|exact - approximate|^2 / |exact|^2; 0 where all that is exact is zero."""
+    def relative(self) -> float | None:
+        """|exact - approximate|^2 / |exact|^2; 0 where all that is exact is zero, None if there was none."""
+        if not self.measured:
+            return None
         return self.difference / self.power if self.power else 0.0
+
+
+def _sum_of_squares(x: Tensor) -> float:
+    """In float64, since the square of a large weight may be too large for float32."""
+    return torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2

@@ -70,10 +70,13 @@ class Hessian:
     def relative_error(self, weight: Tensor, approximation: Tensor) -> float:
         """|x W^T - x Q^T|^2 / |x W^T|^2 over all tokens seen: tr(dW H dW^T) / tr(W H W^T).
 
-        Multiplied in float32: this is for reports.
+        Multiplied in float32, which is enough for reports, in units of the largest weight, whose square may
+        be too large.
         """
         H = self._symmetric_sum().float()
-        error, power = (((m @ H) * m).sum().item() for m in (weight - approximation, weight))
+        unit = weight.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+        parts = ((weight - approximation) / unit, weight / unit)
+        error, power = (((m @ H) * m).sum().item() for m in parts)
         return error / power if power else 0.0
 
     def _symmetric_sum(self) -> Tensor:

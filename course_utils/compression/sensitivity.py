@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from course_utils.compression.base import Method
-from course_utils.compression.driver import quantize_layer
+from course_utils.compression.checks import check_replaceable
+from course_utils.compression.driver import naming, quantize_layer
 from course_utils.evaluation import perplexity
 from course_utils.models.walk import blocks, linear_layers, replace_module
 
@@ -37,6 +38,9 @@ def sensitivity(
             "the model is in training mode, whose dropout would drown the increase: call model.eval()."
         )
     layers = linear_layers(model)
+    for layer in layers:
+        with naming(f"layer {layer.name}"):
+            check_replaceable(layer)
     if parts == "layers":
         members = {layer.name: [layer] for layer in layers}
     elif parts == "blocks":

@@ -1,5 +1,7 @@
 """Calibration and evaluation tokens for any model's tokenizer."""
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,8 @@ def calibration_tokens(tokenizer, sequences: int, length: int, *, seed: int = 0)
     """`[sequences, length]` tokens: windows at seeded random places of the calibration split.
 
     No document of the calibration split is in the evaluation split (`corpora.split_of`), nor in the
-    training text of course-lm.
+    training text of course-lm. Raises `ValueError` if the text has fewer different windows than `sequences`,
+    and warns if the windows overlap so much that half of the tokens are repeated.
     """
     text = "\n\n".join(document.text for document in documents("factbook", "calibration"))
     stream = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
@@ -48,6 +51,18 @@ def calibration_tokens(tokenizer, sequences: int, length: int, *, seed: int = 0)
             f"cannot cut {sequences} sequences of {length} tokens from a text of {len(stream)}: "
             "ask for at least one sequence, no longer than the text."
         )
+    if (windows := len(stream) - length + 1) < sequences:
+        raise ValueError(
+            f"a text of {len(stream)} tokens has only {windows} different windows of {length}, not "
+            f"{sequences}: ask for fewer or shorter sequences."
+        )
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(stream) - length + 1, (sequences,), generator=generator)
-    return stream[starts[:, None] + torch.arange(length)]
+    places = starts[:, None] + torch.arange(length)
+    if (different := len(places.unique())) < places.numel() / 2:
+        warnings.warn(
+            f"{sequences} sequences of {length} tokens are {places.numel()}, but they hold only {different} "
+            f"different ones of a text of {len(stream)}: ask for fewer or shorter sequences.",
+            stacklevel=2,
+        )
+    return stream[places]

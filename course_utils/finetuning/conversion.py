@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from course_utils.compression.base import Method, QuantizedLinear, QuantizedWeight
 from course_utils.compression.driver import LayerReport, naming
-from course_utils.compression.model import Report
+from course_utils.compression.model import Report, float_parts
 from course_utils.compression.saving import mark_quantized
 from course_utils.models.walk import replace_module
 
@@ -57,4 +57,4 @@ def convert(model: nn.Module) -> Report:
     for name, module in converted.items():
         replace_module(model, name, module)
     mark_quantized(model)
-    return Report(layers[0][1].method, reports)
+    return Report(layers[0][1].method, reports, float_parts=float_parts(model))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from course_utils.compression.checks import check_replaceable
 from course_utils.compression.driver import naming
 from course_utils.finetuning.conversion import TrainedLinear
 from course_utils.grids.fake_quantization import learned_step, straight_through
@@ -99,6 +100,7 @@ def prepare_qat(model: nn.Module, method: Affine) -> None:
     prepared = {}
     for layer in layers:
         with naming(f"layer {layer.name}"):
+            check_replaceable(layer)
             if layer.weight.dtype != torch.float32:
                 raise TypeError(
                     f"weights are {layer.weight.dtype}, too coarse for small updates: train in float32, "

@@ -47,8 +47,8 @@ def scale_and_zero_point(
     decode to exact zeros. Otherwise S and Z are those of `torch.ao.quantization`'s observers, which
     replace an S below their eps by eps.
 
-    Raises ValueError for NaN, infinity, minimum > maximum, a width or a scale that overflows float32, or
-    a grid of fewer than two codes.
+    Raises ValueError for NaN, infinity, minimum > maximum, or where a width, a scale or what
+    an end of the range decodes to overflows float32; also for a grid of fewer than two codes.
     """
     if low >= high:
         raise ValueError(f"a grid of codes {low}..{high} spans no range: low has to be below high")
@@ -60,18 +60,21 @@ def scale_and_zero_point(
     else:
         scale = (above - below) / (high - low)
     width = maximum - minimum
-    bad = ~(width.isfinite() & (width >= 0) & scale.isfinite())
-    if bad.any():
+    sound = width.isfinite() & (width >= 0) & scale.isfinite()
+    scale = torch.where(sound & ~(1 / scale).isfinite(), 1.0, scale)
+    if symmetric:
+        middle = 0 if low < 0 else (low + high + 1) // 2
+        zero_point = torch.full_like(scale, middle)
+    else:
+        zero_point = (low - (below / scale).round()).clamp(low, high)
+    lowest = scale * (below / scale).round().clamp(min=low - zero_point)
+    highest = scale * (above / scale).round().clamp(max=high - zero_point)
+    if (bad := ~(sound & lowest.isfinite() & highest.isfinite())).any():
         raise ValueError(
             f"the range [{minimum[bad][0].item()}, {maximum[bad][0].item()}] is no finite float32 "
             "interval: look for NaN, infinite or extremely large values in what it was taken from"
         )
-    scale = torch.where((1 / scale).isfinite(), scale, 1.0)
-    if symmetric:
-        middle = 0 if low < 0 else (low + high + 1) // 2
-        return scale, torch.full_like(scale, middle, dtype=torch.int32)
-    zero_point = low - (below / scale).round()
-    return scale, zero_point.clamp(low, high).int()
+    return scale, zero_point.int()
 
 
 def round_codes(
@@ -147,21 +150,6 @@ def stored_scale(scale: Tensor, scale_dtype: Literal["float16", "float32"]) -> T
             "use scale_dtype='float32'"
         )
     return stored
-
-
-def check_settings(
-    n_bits: int, group_size: int | str, scale_dtype: str, *, wide_groups: tuple[str, ...]
-) -> None:
-    """Refuse settings of a method that no grid has: `n_bits` is 2 to 8, a `group_size` that is no number
-    one of `wide_groups`, and `scale_dtype` float16 or float32.
-    """
-    if type(n_bits) is not int or n_bits not in range(2, 9):
-        raise ValueError(f"n_bits {n_bits!r}: choose 2 to 8")
-    if group_size not in wide_groups and not (type(group_size) is int and group_size > 0):
-        names = " or ".join(map(repr, wide_groups))
-        raise ValueError(f"group_size {group_size!r}: choose a positive number or {names}")
-    if scale_dtype not in ("float16", "float32"):
-        raise ValueError(f"scale_dtype {scale_dtype!r}: choose one of float16, float32")
 
 
 def group_width(group_size: int | Literal["row"], columns: int) -> int:

@@ -3,6 +3,7 @@
 from course_utils.models.registry import LoadedModel, ModelUnavailable, load_model
 from course_utils.models.walk import (
     BlockInputs,
+    Call,
     LinearLayer,
     blocks,
     linear_layers,
@@ -11,6 +12,7 @@ from course_utils.models.walk import (
 
 __all__ = [
     "BlockInputs",
+    "Call",
     "LinearLayer",
     "LoadedModel",
     "ModelUnavailable",

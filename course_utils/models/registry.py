@@ -10,6 +10,7 @@
 """
 
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -35,6 +37,8 @@ GPT2 = (
     "607a30d783dfa663caf39e06633721c8d4cfcd7e",
     "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",  # model.safetensors
 )
+# Modules that register with transformers a format of quantized models, by its name in config.json
+FORMATS = {"course_utils": "course_utils.compression"}
 HUB_MODEL = re.compile(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})")
 
 
@@ -55,7 +59,8 @@ def load_model(
     """Load the model `name` (the table at the top of this module) in `dtype` on `device`.
 
     A model from the hub needs its commit hash: `owner/name@commit`. Only safetensors are read, and no
-    code of the model's authors is run. A folder that `save_pretrained` wrote is loaded by its path.
+    code of the model's authors is run. A folder that `save_pretrained` wrote is loaded by its path, also
+    that of a quantized model.
     Raises `ModelUnavailable` with the reason and the remedy.
     """
     try:
@@ -65,6 +70,7 @@ def load_model(
             f"{name!r} could not be fetched: {error} MODEL='course-lm' needs no download."
         ) from error
     try:
+        _register_format(folder)
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -80,6 +86,17 @@ def load_model(
             "with safetensors of the shapes that its config.json says."
         ) from error
     return LoadedModel(model.to(device).eval(), tokenizer)
+
+
+def _register_format(folder: Path) -> None:
+    """Let transformers know the format of the weights in `folder`, if it is one of ours.
+
+    It would load random weights, and only warn.
+    """
+    config, _ = PretrainedConfig.get_config_dict(folder, local_files_only=True)
+    quantization = config.get("quantization_config") or {}
+    if module := FORMATS.get(quantization.get("quant_method")):
+        import_module(module)
 
 
 def _folder(name: str) -> Path:

@@ -6,6 +6,7 @@ module is the one place of the course that knows.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +35,21 @@ class LinearLayer:
 def linear_layers(model: nn.Module) -> list[LinearLayer]:
     """Linear layers of `model`, or of one block of it, in its own order, without the LM head.
 
-    The head is left out as in the papers of all the methods here; embeddings are no linear layers.
+    The head is left out as in the papers of all the methods here; embeddings are no linear layers, and no
+    more are classes that compute otherwise, though they derive from one (Llama 4's router).
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return [
         LinearLayer(name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if _is_linear(module) and module is not head
     ]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it computes `x @ weight.T + bias`; Falcon's class does so in a forward of its own."""
+    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    return plain or type(module).__name__ == "FalconLinear"
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -74,6 +82,14 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         )
     [(name, modules)] = lists.items()
     return [(f"{name}.{i}", block) for i, block in enumerate(modules)]
+
+
+class Call(NamedTuple):
+    """One call of a module: what it got, by position and by name, and what it returned."""
+
+    args: tuple
+    kwargs: dict
+    output: object
 
 
 class BlockInputs:
@@ -123,13 +139,49 @@ class BlockInputs:
         """Hidden states `[1, length, width]` that leave `block`, one sequence after the other."""
         for number, hidden in enumerate(self.hidden.split(1), 1):
             self.sequence = number
-            output = block(hidden, *self.args, **self.kwargs)
-            yield output[0] if isinstance(output, tuple) else output
+            yield hidden_states(block(hidden, *self.args, **self.kwargs))
+
+    def calls(self, block: nn.Module, name: str) -> Iterator[Call]:
+        """The calls of `block`'s submodule `name` (dotted path), one sequence after the other.
+
+        No more than one sequence's are held. What a call got and returned are the very tensors, so
+        `block.get_submodule(name)(*call.args, **call.kwargs)` repeats it.
+        """
+        outputs = self.outputs(block)
+        while True:
+            seen: list[Call] = []
+            # Watched while the block runs, and no longer: who gets the calls may call the module too.
+            handle = block.get_submodule(name).register_forward_hook(
+                lambda _, args, kwargs, output, seen=seen: seen.append(Call(args, kwargs, output)),
+                with_kwargs=True,
+            )
+            try:
+                ended = next(outputs, None) is None
+            finally:
+                handle.remove()
+            if ended:
+                return
+            yield from seen
 
     def advance(self, block: nn.Module) -> None:
         """Become the inputs of the block after `block`, in the same memory."""
         for hidden, output in zip(self.hidden.split(1), self.outputs(block), strict=True):
             hidden.copy_(output)
+
+
+def layer_input(args: tuple, kwargs: dict) -> Tensor:
+    """What a linear layer is called with, by position or by keyword."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def hidden_states(output: object) -> Tensor:
+    """Of what a block returns, the hidden states: the tensor, or the first of a tuple or list."""
+    hidden = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(hidden, Tensor):
+        raise ValueError(
+            f"a block returned a {type(output).__name__}: hidden states are a tensor, or a tuple's first."
+        )
+    return hidden
 
 
 class _FirstBlockReached(Exception):

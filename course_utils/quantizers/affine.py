@@ -14,13 +14,13 @@ from torch import Tensor
 from course_utils.compression.base import (
     Method,
     QuantizedWeight,
-    check_switches,
+    check_settings,
     check_weight,
     dequantized_linear,
 )
+from course_utils.compression.checks import ALL_ZERO
 from course_utils.grids.observers import OBSERVERS, MinMax, mse_range, percentile_range
 from course_utils.grids.uniform import (
-    check_settings,
     code_range,
     dequantize,
     group_width,
@@ -124,9 +124,8 @@ class Affine(Method):
     weight_type: ClassVar[type] = AffineWeight
 
     def __post_init__(self):
-        check_switches(self)
         wide = ("row", "tensor")
-        check_settings(self.n_bits, self.group_size, self.scale_dtype, wide_groups=wide)
+        check_settings(self, wide_groups=wide)
         for setting, choices in {
             "weight_range": ("minmax", "mse", "percentile"),
             "inputs": ("float", "per_token", "static"),
@@ -147,11 +146,14 @@ class Affine(Method):
         if self.group_size != "tensor":
             group_width(self.group_size, columns)
 
-    def new_statistics(self, in_features: int, device: torch.device) -> MinMax | None:
-        """With `inputs="static"` the observer of the layer's inputs."""
-        if self.inputs == "static":
-            return OBSERVERS[self.input_range](symmetric=self.symmetric)
-        return None
+    @property
+    def wants_statistics(self) -> bool:
+        """With `inputs="static"`: the range of the layer's inputs."""
+        return self.inputs == "static"
+
+    def new_statistics(self, in_features: int, device: torch.device) -> MinMax:
+        """The observer that `input_range` names, still without inputs."""
+        return OBSERVERS[self.input_range](symmetric=self.symmetric)
 
     def quantize(self, weight: Tensor, statistics: MinMax | None = None) -> AffineWeight:
         """Codes of `weight` `[out, in]`; with `inputs="static"` also the grid of its inputs."""
@@ -179,6 +181,8 @@ class Affine(Method):
                 "calibration, or use inputs='per_token'"
             )
         minimum, maximum = (end.to(weight.device) for end in statistics.range())
+        if minimum == maximum == 0:
+            raise ValueError(ALL_ZERO)
         input_scale, input_zero_point = scale_and_zero_point(
             minimum, maximum, *INPUT_RANGE, symmetric=self.symmetric
         )
@@ -203,7 +207,8 @@ class Affine(Method):
         w_codes = (weight.integer_codes() - middle).view(torch.int8)
         w_zero_point = (weight.zero_points() - middle).expand(len(w_codes), 1).flatten()
         sums = int8_matmul_zero_points(x_codes, x_zero_point, w_codes, w_zero_point)
-        y = sums * (x_scale * weight.scale.float().T)
+        # One scale after the other: their product alone may be too large or too small for float32.
+        y = sums * x_scale * weight.scale.float().T
         if bias is not None:
             y += bias
         return y.where(finite, torch.nan).to(x.dtype)

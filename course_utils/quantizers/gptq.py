@@ -17,14 +17,13 @@ from torch import Tensor
 
 from course_utils.compression.base import (
     Method,
-    check_switches,
+    check_settings,
     check_weight,
     dequantized_linear,
 )
 from course_utils.compression.compensation import compensate
 from course_utils.compression.hessian import Hessian, check_hessian, inverse_factor
 from course_utils.grids.uniform import (
-    check_settings,
     code_range,
     dequantize,
     group_width,
@@ -104,7 +103,8 @@ def gptq_codes(
         known = empty, torch.empty_like(empty, dtype=torch.int32)
         first_columns = range(0, columns, size)
     scale, zero_point = known  # [out, groups]
-    S, Z = scale.to(W.dtype), zero_point.to(W.dtype)
+    # [groups, out, 1]: the grid of each group in one piece of memory
+    S, Z = (grid.T.to(W.dtype).contiguous()[..., None] for grid in known)
     codes, groups = torch.empty_like(W, dtype=torch.uint8), group_of.tolist()
 
     def nearest(i: int, w: Tensor, pending: Tensor) -> Tensor:
@@ -115,20 +115,21 @@ def gptq_codes(
             if current_groups:
                 group = group - pending @ U[i - pending.shape[1] : i, i : i + size]
             scale[:, g], zero_point[:, g] = find(group)
-            S[:, g], Z[:, g] = scale[:, g], zero_point[:, g]
-        q = (w / S[:, g, None]).round_().add_(Z[:, g, None]).clamp_(low, high)
+            S[g, :, 0], Z[g, :, 0] = scale[:, g], zero_point[:, g]
+        s, z = S[g], Z[g]  # [out, 1]
+        q = (w / s).round_().add_(z).clamp_(low, high)
         codes[:, i : i + 1] = q
-        return q.sub_(Z[:, g, None]).mul_(S[:, g, None])
+        return q.sub_(z).mul_(s)
 
     errors = compensate(W, U, nearest, block_size=block_size)
 
     back = order.argsort()
     return GPTQCodes(
-        codes[:, back].contiguous(),
+        codes.T[back].T.contiguous(),
         scale,
         zero_point,
         group_of[back].int(),
-        errors[:, back].square() / 2,
+        errors.T[back].T.square_().mul_(0.5),
     )
 
 
@@ -178,8 +179,7 @@ class GPTQ(Method):
     weight_type: ClassVar[type] = GPTQWeight
 
     def __post_init__(self):
-        check_switches(self)
-        check_settings(self.n_bits, self.group_size, self.scale_dtype, wide_groups=("row",))
+        check_settings(self, wide_groups=("row",))
         if type(self.block_size) is not int or self.block_size < 1:
             raise ValueError(f"block_size {self.block_size!r}: choose a positive number")
         if self.static_groups and self.current_groups:
@@ -193,6 +193,11 @@ class GPTQ(Method):
     def check_shape(self, out: int, columns: int) -> None:
         """Refuse columns that groups of this size do not divide."""
         group_width(self.group_size, columns)
+
+    @property
+    def wants_statistics(self) -> bool:
+        """Always: the Hessian."""
+        return True
 
     def new_statistics(self, in_features: int, device: torch.device) -> Hessian:
         """The Hessian, still without inputs."""

@@ -8,52 +8,20 @@ row statistics are bit for bit those of bitsandbytes.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from course_utils.compression.base import Method, QuantizedWeight, check_weight
+from course_utils.compression.base import Method, check_weight
+from course_utils.compression.embedding import Int8Rows
+from course_utils.grids.vectorwise import vectorwise_quantize
 from course_utils.kernels import int8_matmul
 
 
-def vectorwise_quantize(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Absmax int8 quantization of each row of `x` `[rows, columns]`.
-
-    Returns the codes (int8 `[rows, columns]`, -127..127, rounded half to even), the rows' absmax
-    (float32 `[rows]`), and the outlier columns (int64). With a positive `threshold`, an entry of
-    magnitude >= threshold is an outlier and its column an outlier column: absmax is taken without the
-    outlier entries, and the codes of outlier columns are 0. A row whose absmax is 0, or so small that
-    127 / absmax overflows float32 (below 3.8e-37), has codes 0.
-    """
-    x = x.float()
-    outliers = torch.empty(0, dtype=torch.int64, device=x.device)
-    if threshold > 0:
-        is_outlier = x.abs() >= threshold
-        outliers = is_outlier.any(0).nonzero().flatten()
-        x = x.masked_fill(is_outlier, 0)
-    absmax = x.abs().amax(1)
-    inverse = 127 / absmax
-    inverse = torch.where(inverse.isfinite(), inverse, 0)[:, None]
-    codes = (x * inverse).round().to(torch.int8)
-    codes[:, outliers] = 0
-    return codes, absmax, outliers
-
-
 @dataclass(frozen=True)
-class Int8Weight(QuantizedWeight):
+class Int8Weight(Int8Rows):
     """Row-wise int8 codes; with them what LLM.int8() and SmoothQuant may store besides."""
 
-    codes: Tensor  # int8 [out, in]
-    absmax: Tensor  # float32 [out]
     original: Tensor | None = None  # float16 [out, in]: LLM.int8() in the paper's form
     input_absmax: Tensor | None = None  # float32 []: SmoothQuant's one scale for all inputs
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return tuple(self.codes.shape)
-
-    def dequantize(self, columns: Tensor | slice = slice(None)) -> Tensor:
-        """The weight in float32, or some `columns` of it: code * absmax / 127."""
-        return self.codes[:, columns].float() * self.absmax[:, None] * (1 / 127)
 
 
 def int8_linear(codes: Tensor, absmax: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
@@ -62,7 +30,8 @@ def int8_linear(codes: Tensor, absmax: Tensor, weight: Int8Weight, bias: Tensor 
     The inputs are `codes` (int8 `[tokens, in]`) with the `absmax` (float32 `[tokens]`) of each token.
     """
     product = int8_matmul(codes, weight.codes)  # int32 [tokens, out]
-    y = product * (absmax[:, None] * weight.absmax) * (1 / 127**2)
+    # One scale after the other: their product alone may be too large or too small for float32.
+    y = product * (absmax * (1 / 127))[:, None] * (weight.absmax * (1 / 127))
     return y if bias is None else y + bias
 
 

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from course_utils.compression.base import Method, check_weight
+from course_utils.compression.checks import ALL_ZERO
 from course_utils.compression.driver import gather
+from course_utils.grids.vectorwise import vectorwise_quantize
 from course_utils.models.structure import norm_groups
-from course_utils.models.walk import BlockInputs, LinearLayer
-from course_utils.quantizers.llm_int8 import Int8Weight, int8_linear, vectorwise_quantize
+from course_utils.models.walk import BlockInputs, LinearLayer, linear_layers
+from course_utils.quantizers.llm_int8 import Int8Weight, int8_linear
 
 SMALLEST = 1e-5  # the authors' lower bound of a weight's maximum, and of a factor
 
@@ -68,6 +70,17 @@ class SmoothQuant(Method):
         if self.inputs not in ("per_token", "static"):
             raise ValueError(f"inputs {self.inputs!r}: choose 'per_token' or 'static'")
 
+    def check_block(self, block: nn.Module) -> None:
+        """Refuse blocks whose norms are not known, and those with a layer behind a norm that is not float."""
+        layers = {layer.name for layer in linear_layers(block)}
+        for name in (name for group in norm_groups(block) for name in group.layers):
+            if name not in layers:
+                kind = type(block.get_submodule(name)).__name__
+                raise ValueError(
+                    f"layer {name} reads a norm, and has no float weight to fold the factors into: it is a "
+                    f"{kind}. Smooth a block before its layers are quantized."
+                )
+
     def prepare(self, block: nn.Module, inputs: BlockInputs) -> None:
         """Divide what the block's norms put out by the factors, and multiply the layers they feed."""
         groups = norm_groups(block)
@@ -85,9 +98,14 @@ class SmoothQuant(Method):
             for layer in layers:
                 layer.weight.mul_(factors)
 
-    def new_statistics(self, in_features: int, device: torch.device) -> FeatureMaxima | None:
-        """The inputs' maxima, for their static scale."""
-        return FeatureMaxima(in_features, device) if self.inputs == "static" else None
+    @property
+    def wants_statistics(self) -> bool:
+        """With `inputs="static"`: the inputs' maxima."""
+        return self.inputs == "static"
+
+    def new_statistics(self, in_features: int, device: torch.device) -> FeatureMaxima:
+        """The inputs' maxima, for their static scale; still without inputs."""
+        return FeatureMaxima(in_features, device)
 
     def quantize(self, weight: Tensor, statistics: FeatureMaxima | None = None) -> Int8Weight:
         """Codes of each row of a smoothed `weight` `[out, in]`, rounded half to even, -127..127."""
@@ -100,6 +118,8 @@ class SmoothQuant(Method):
                 "inputs='static' needs the statistics of the layer's inputs: give quantize_model some "
                 "calibration, or use inputs='per_token'"
             )
+        if not statistics.maxima.any():
+            raise ValueError(ALL_ZERO)
         return Int8Weight(codes, absmax, input_absmax=statistics.maxima.amax())
 
     def linear(self, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
