@@ -385,6 +385,32 @@ def test_each_twin_takes_the_best_rate_of_its_own_sweep(small_plan, tmp_path):
     assert json.loads((saved / "log.json").read_text())["run"]["kind"] == "ternary"
 
 
+def test_finished_pairs_are_shipped_packed_with_the_logs_of_all(small_plan, tmp_path):
+    stream = torch.arange(600) * 3 % 16
+    plan = [
+        *bitnet_lm.sweep("tiny"),
+        *bitnet_lm.pair("tiny", 960),
+        *bitnet_lm.pair("tiny", 960, seed=1),
+    ]
+    for run in plan[:-1]:
+        train_run(run, stream, stream, tmp_path / "runs")
+    bitnet_lm.ship(tmp_path / "runs", tmp_path / "assets", plan)
+    shipped = {p.name for p in (tmp_path / "assets").iterdir()}
+    assert shipped == {f"{run.name}.json" for run in plan[:-1]} | {run.name for run in plan[4:6]}
+    for run in plan[4:6]:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "assets" / run.name, dtype=torch.float32
+        )
+        ours = bitnet_lm.trained_model(run, tmp_path / "runs")
+        torch.testing.assert_close(logits(loaded.eval()), logits(ours), rtol=0.02, atol=0.02)
+        quantized = [m for m in loaded.modules() if isinstance(m, QuantizedLinear)]
+        assert len(quantized) == (28 if run.kind == "ternary" else 0)
+    found = bitnet_lm.trained_model(plan[4], tmp_path / "runs")
+    held_out = next_token_loss(found, batches(9)).item()
+    log = json.loads((tmp_path / "runs" / plan[4].name / "log.json").read_text())
+    assert held_out == pytest.approx(log["held_out"], abs=1e-4)
+
+
 @pytest.mark.parametrize("what", ["settings", "data"])
 def test_resuming_with_other_settings_or_other_data_is_refused(
     small_plan, tmp_path, what, monkeypatch

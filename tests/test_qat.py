@@ -277,7 +277,7 @@ def test_half_precision_is_refused():
 
 
 def test_wrong_order_is_refused():
-    with pytest.raises(ValueError, match="prepare_qat and train it first"):
+    with pytest.raises(ValueError, match="prepare_qat or prepare_bitnet, and train it first"):
         convert(gpt2())
     with pytest.raises(ValueError, match="quantized already"):
         prepare_qat(prepared(), TWO_BITS)

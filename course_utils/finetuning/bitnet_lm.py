@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import platform
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_model, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import BitNetForCausalLM
@@ -25,6 +26,7 @@ from course_utils.data.batches import TrainingBatches, token_stream
 from course_utils.data.corpora import documents
 from course_utils.files import replacing
 from course_utils.finetuning.bitnet import BitLinear, bitnet_model, prepare_bitnet
+from course_utils.finetuning.conversion import convert
 from course_utils.models.registry import COURSE_LM
 from course_utils.quantizers.bitnet import BitNet
 from course_utils.training.course_lm import (
@@ -200,6 +202,33 @@ def train_run(run: Run, stream: Tensor, held_out: Tensor, out: Path) -> dict:
     (folder / "checkpoint.safetensors").unlink()
     print(f"{run.name}: held-out loss {log['held_out']:.4f}, {log['seconds']:.0f} s", flush=True)
     return log
+
+
+def ship(out: Path, folder: Path, plan: list[Run] = PLAN) -> None:
+    """Write what the notebook reads to `folder`: logs of finished runs, weights of the pairs of seed 0.
+
+    Ternary weights are packed, all else is float16. Runs that are not finished are left out.
+    """
+    for run in plan:
+        finished = out / run.name / "log.json"
+        if not finished.exists():
+            continue
+        with replacing(folder / f"{run.name}.json") as partial:
+            shutil.copyfile(finished, partial)
+        if run.lr is None and run.kind in TWINS and run.advice == "none" and run.seed == 0:
+            model = nn.Module.half(
+                trained_model(run, out)
+            )  # the model's own refuses what is packed
+            model.save_pretrained(folder / run.name)
+
+
+def trained_model(run: Run, out: Path) -> BitNetForCausalLM:
+    """The model that `run` left in `out`: float, or with packed ternary weights."""
+    model = new_model(run)
+    load_model(model, out / run.name / "model.safetensors", strict=False)
+    if KINDS[run.kind] is not None:
+        convert(model)
+    return model.eval()
 
 
 def new_model(run: Run) -> BitNetForCausalLM:

@@ -36,7 +36,8 @@ def convert(model: nn.Module) -> Report:
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, TrainedLinear)]
     if not layers:
         raise ValueError(
-            "the model has no layer that trains through codes: call prepare_qat or prepare_bitnet first."
+            "the model has no layer that trains through codes: call prepare_qat or prepare_bitnet, and "
+            "train it first."
         )
     converted, reports = {}, []
     for name, layer in layers:

@@ -69,15 +69,19 @@ def train_bitnet(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and results.")] = Path(
         "runs/bitnet"
     ),
+    ship: Annotated[
+        Path | None,
+        typer.Option(help="Train nothing: write packed weights and logs to this folder."),
+    ] = None,
 ) -> None:
     """Train the ternary models of `bitnet_demo` and their float twins: hours on two CPU cores.
 
     Goes on where it was interrupted, and skips what is finished. Example:
     `course train-bitnet --out runs/bitnet`.
     """
-    from course_utils.finetuning.bitnet_lm import train_plan
+    from course_utils.finetuning import bitnet_lm
 
     try:
-        train_plan(out)
+        bitnet_lm.train_plan(out) if ship is None else bitnet_lm.ship(out, ship)
     except ValueError as error:
         raise CourseError(str(error)) from error
