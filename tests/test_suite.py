@@ -11,7 +11,7 @@ import nbformat
 import pytest
 
 from course_utils.tools import cli
-from course_utils.tools.cli import tests as commands
+from course_utils.tools.cli import quality as commands
 from course_utils.tools.notebooks.pairs import FOLDERS, find_notebooks
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -108,7 +108,10 @@ def side_by_side(tasks: Mapping[str, Callable[[], object]], jobs: int) -> dict[s
 def write_report(path: Path, profile: str, took: Mapping[str, Took]) -> list[str]:
     """Write what notebooks took as JSON; returns a line for each that took longer than it may."""
     limit = LIMITS[profile]
-    notebooks = {name: asdict(took[name]) for name in sorted(took)}
+    notebooks = {
+        name: {"seconds": took[name].seconds, "cpu_seconds": took[name].cpu_seconds}
+        for name in sorted(took)
+    }
     report = {"profile": profile, "limit_seconds": limit, "notebooks": notebooks}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
