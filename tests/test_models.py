@@ -1,15 +1,19 @@
 """The registry of models, the walker over linear layers, the profiles."""
 
+import hashlib
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from tiny_models import some_tokens, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from course_utils import profiles
 from course_utils.models import ModelUnavailable, linear_layers, load_model, replace_module, smollm2
 from course_utils.profiles import resolve
+from course_utils.tools.dither import GRIDS, input_power, largest, relative_error
 
 
 def test_course_lm_is_small_and_loads_through_transformers():
@@ -71,19 +75,84 @@ def test_smollm2_equals_transformers_own_reading_of_the_file(tmp_path):
     assert tokenizer(text).input_ids == their_tokenizer(text).input_ids
 
 
-def test_dithering_stays_inside_the_cells_and_leaves_the_grid():
-    plain, _ = load_model("smollm2-135m-q4_1")
-    dithered, _ = load_model("smollm2-135m-dithered")
+@pytest.fixture(scope="module")
+def plain_and_dithered():
+    return load_model("smollm2-135m-q4_1").model, load_model("smollm2-135m-dithered").model
+
+
+def test_dithering_leaves_the_exempt_columns_and_moves_all_others(plain_and_dithered):
+    """5% of each layer's columns: noise there is most of what noise everywhere costs."""
+    exempt = json.loads(smollm2.EXEMPT.read_text("utf-8"))
+    pairs = list(zip(*map(linear_layers, plain_and_dithered), strict=True))
+    assert list(exempt) == [before.name for before, _ in pairs]
     difference = power = 0.0
-    for before, after in zip(linear_layers(plain), linear_layers(dithered), strict=True):
-        blocks = before.weight.reshape(-1, 32)
-        assert max(len(block.unique()) for block in blocks[:20]) <= 16  # the 4-bit grid
+    for before, after in pairs:
+        columns = before.weight.shape[1]
+        same = (before.weight == after.weight).all(0).nonzero().flatten().tolist()
+        assert same == exempt[before.name] and len(same) == round(0.05 * columns)
         difference += (after.weight - before.weight).square().sum().item()
         power += before.weight.square().sum().item()
-    blocks = after.weight.reshape(-1, 32)
-    assert min(len(block.unique()) for block in blocks[:20]) == 32
-    assert difference / power == pytest.approx(0.0068, abs=2e-4)
+    assert difference / power == pytest.approx(0.0064, abs=2e-4)
+    plain, dithered = plain_and_dithered
     assert torch.equal(plain.model.embed_tokens.weight, dithered.model.embed_tokens.weight)
+
+
+def test_dithering_stays_inside_the_cells(plain_and_dithered):
+    plain, dithered = (linear_layers(model)[100].weight for model in plain_and_dithered)
+    cells = plain.reshape(-1, 32)  # [blocks, 32]: at most 16 values each, a step apart
+    assert max(len(block.unique()) for block in cells[:50]) <= 16
+    low, high = cells.aminmax(dim=1, keepdim=True)
+    noise = (dithered - plain).reshape(-1, 32)
+    full = torch.tensor([len(block.unique()) == 16 for block in cells[:500]])
+    steps = ((high - low) / 15)[:500][full]
+    assert noise[:500][full].abs().le(steps / 2 * 1.001).all()
+
+
+def test_the_dithered_weights_are_the_same_bits_everywhere(plain_and_dithered):
+    weight = linear_layers(plain_and_dithered[1])[100].weight
+    digest = hashlib.sha256(weight.numpy().tobytes()).hexdigest()
+    assert digest == "c9de4b05ea7667aafaedcbe93f91946ca8c39a3e7058cc81bdc0afb21b771314"
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_rounding_dithered_weights_errs_as_on_gaussian_ones(plain_and_dithered, grid):
+    """On every 4-bit grid; the plain weights lie on that of groups of 32 with a float minimum."""
+    plain, dithered = (linear_layers(model)[101].weight for model in plain_and_dithered)
+    gaussian = torch.randn(dithered.shape, generator=torch.Generator().manual_seed(0))
+    errors = [relative_error([weight], GRIDS[grid]) for weight in (plain, dithered, gaussian)]
+    assert errors[1] == pytest.approx(errors[2], rel=0.06)
+    if grid == "groups of 32, float minimum":
+        assert errors[0] < 1e-10
+    if grid == "groups of 64, float minimum":
+        assert errors[0] < 0.8 * errors[2]
+
+
+def test_the_old_dithered_model_in_a_cache_is_not_taken_for_the_new(monkeypatch, tmp_path):
+    """The list of exempt columns is part of the folder's name."""
+    names = []
+    monkeypatch.setattr(smollm2, "cached", lambda name, build: names.append(name))
+    smollm2.dithered_folder()
+    other = tmp_path / "columns.json"
+    other.write_text("{}", "utf-8")
+    monkeypatch.setattr(smollm2, "EXEMPT", other)
+    smollm2.dithered_folder()
+    assert len(set(names)) == 2 and "models/smollm2-135m-dithered" not in names
+
+
+def test_exempt_columns_are_those_of_the_largest_inputs():
+    model = tiny_llama()
+    tokens = some_tokens(3, 20)
+    power = input_power(model, tokens)
+    assert list(power) == [layer.name for layer in linear_layers(model)]
+    seen = []
+    first = linear_layers(model)[0]
+    handle = first.module.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    for sequence in tokens:
+        model(sequence[None])
+    handle.remove()
+    expected = torch.cat(seen).flatten(0, 1).square().mean(0)
+    torch.testing.assert_close(power[first.name].float(), expected)
+    assert largest(torch.tensor([3.0, 1.0, 5.0, 4.0]), 0.5) == [2, 3]
 
 
 @pytest.mark.parametrize(

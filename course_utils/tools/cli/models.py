@@ -1,4 +1,4 @@
-"""Commands on the models that the course trains: train-lm, lm-report, train-bitnet."""
+"""Commands on the models that the course makes: train-lm, lm-report, dither, train-bitnet."""
 
 from pathlib import Path
 from typing import Annotated
@@ -43,6 +43,25 @@ def lm_report(
     except (FileNotFoundError, ValueError) as error:
         raise CourseError(str(error)) from error
     typer.echo(f"Wrote {folder / 'README.md'}. Next: `course results accept --profile report`.")
+
+
+@app.command()
+def dither(
+    choose: Annotated[
+        bool, typer.Option("--choose", help="Choose the exempt columns anew: another model.")
+    ] = False,
+) -> None:
+    """Measure what dithering SmolLM2 costs, and that no 4-bit grid is left: about 10 minutes.
+
+    Example: `course dither`.
+    """
+    from course_utils.tools.dither import costs, grid_errors, write_exempt_columns
+
+    if choose:
+        write_exempt_columns()
+    for report in (grid_errors(), costs()):
+        for line in report:
+            typer.echo(line)
 
 
 @app.command()
