@@ -17,12 +17,14 @@ from course_utils.plotting import (
     error_against_threshold,
     feature_maxima,
     loss_against_alpha,
+    loss_against_ratio,
     nats_against_bits,
     predicted_against_measured,
     relative_bars,
     rounding_distances,
     sensitivity_bars,
     series_styles,
+    sorted_sizes,
     staircase,
     step_gradient,
     training_curves,
@@ -60,6 +62,8 @@ FIGURES = {
     "predicted": lambda: predicted_against_measured({"a": ([0.1, 0.2], [0.1, 0.3])}, "nats"),
     "nats": lambda: nats_against_bits({"m": {"GPTQ": ([3.3, 4.3], [0.3, 0.01], [0.02, 0.01])}}),
     "step": lambda: step_gradient(ROW, ROW.round(), ROW, ROW),
+    "channels": lambda: sorted_sizes({"mean |x|": ROW.abs(), "norm": ROW.abs() + 1}),
+    "ratio": lambda: loss_against_ratio({"norm": [1.0, 0.7, 0.9]}, [0.0, 0.5, 0.95]),
 }
 
 
@@ -126,6 +130,8 @@ NINE_SERIES = {
     "predicted": lambda: predicted_against_measured(
         {name: ([y], [y + 1]) for name, y in NUMBERS.items()}, "nats"
     ),
+    "channels": lambda: sorted_sizes({name: ROW.abs() + y for name, y in NUMBERS.items()}),
+    "ratio": lambda: loss_against_ratio({name: ys for name, (_, ys) in CURVES.items()}, [0, 1, 2]),
 }
 
 
@@ -219,3 +225,13 @@ def test_a_picture_of_n_bits_has_its_levels_and_errs_by_half_a_step(n_bits):
     codes, back = quantize_picture(scene(), n_bits)
     assert len(np.unique(codes)) <= 2**n_bits
     assert np.abs(back - scene()).max() <= 0.5 / (2**n_bits - 1) + 1e-12
+
+
+def test_the_least_error_of_every_place_is_marked():
+    axis = loss_against_ratio({"norm": [1.0, 0.7, 0.9]}, [0.0, 0.5, 0.95]).axes[0]
+    assert ([0.5], [0.7]) in [(x, y) for x, y, _ in lines(axis)]
+
+
+def test_channels_are_sorted_and_divided_by_their_median():
+    axis = sorted_sizes({"x": torch.tensor([1.0, 4.0, 2.0])}).axes[0]
+    assert lines(axis)[0][1] == [2.0, 1.0, 0.5]

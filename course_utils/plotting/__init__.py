@@ -1,5 +1,6 @@
 """The course's figures, in one style, and its tables; diagrams of mechanisms are in `diagrams`."""
 
+from course_utils.plotting.channels import loss_against_ratio, sorted_sizes
 from course_utils.plotting.grids import (
     error_against_bits,
     rounding_distances,
@@ -33,6 +34,7 @@ __all__ = [
     "error_against_threshold",
     "feature_maxima",
     "loss_against_alpha",
+    "loss_against_ratio",
     "nats_against_bits",
     "new_figure",
     "predicted_against_measured",
@@ -40,6 +42,7 @@ __all__ = [
     "rounding_distances",
     "sensitivity_bars",
     "series_styles",
+    "sorted_sizes",
     "staircase",
     "step_gradient",
     "table",
