@@ -620,7 +620,7 @@ if plain:  # of the dithered model against the plain one, whose loss is the lowe
 #
 # On the dithered SmolLM2 the nearest codes lose {{gptq.smollm2-135m-dithered.w3.nearest.loss:.2f}} nats at 3 bits and GPTQ
 # {{gptq.smollm2-135m-dithered.w3.gptq.loss:.2f}}. The difference is {{gptq.smollm2-135m-dithered.w3.gptq.gain:.3f}} ±
-# {{gptq.smollm2-135m-dithered.w3.gptq.gain_error:.3f}}. The table says whether that is distinguished from 0, which takes two errors. (The dither itself
+# {{gptq.smollm2-135m-dithered.w3.gptq.gain_error:.3f}}. That is less than two errors, so the two are not distinguished. (The dither itself
 # cost {{gptq.dither.loss:.3f}} ± {{gptq.dither.loss_error:.3f}} nats.) SmolLM2 is a hard case: a few of its features are massive on a few tokens
 # (`llm_int8_demo`), and we could afford eight calibration sequences only. The companion takes the columns of large features first (**act-order**).
 
@@ -644,7 +644,7 @@ plt.show()
 # *Figure: nats lost per token against measured bits per weight, a panel for each model. One curve is for round-to-nearest, one for GPTQ. The dashed line at
 # zero is the float model. Points at the same bits stand side by side, so that their bars can be told apart: SmolLM2 was measured at one width.*
 #
-# On course-lm GPTQ lies below the nearest codes at every width, and the gap is the larger, the fewer the bits. Nowhere does GPTQ reach the float model.
+# In the recorded run GPTQ lies, on course-lm, below the nearest codes at every width, and the gap is the larger, the fewer the bits. Nowhere does GPTQ reach the float model.
 #
 # ## Does another calibration text change the answer?
 #
@@ -731,7 +731,7 @@ print(f"quantizing took {seconds[name, 3, 'GPTQ']:.1f} s")
 # - **Twenty lines are enough.** They gave the package's codes, and the sum of their losses was half the trace of $\Delta W H \Delta W^\top$.
 # - **At equal bytes GPTQ loses less.** At 3 bits on course-lm the nearest codes lost {{gptq.course-lm.w3.nearest.loss:.3f}} nats. GPTQ lost
 #   {{gptq.cuts.w3.gain:.4f}} ± {{gptq.cuts.w3.gain_error:.4f}} less, over the calibration cuts. On SmolLM2 the difference at 3 bits was {{gptq.smollm2-135m-dithered.w3.gptq.gain:.2f}} ±
-#   {{gptq.smollm2-135m-dithered.w3.gptq.gain_error:.2f}}: here plain GPTQ with little calibration text hardly helps.
+#   {{gptq.smollm2-135m-dithered.w3.gptq.gain_error:.2f}}: plain GPTQ with so little calibration text is not distinguished from the nearest codes.
 # - **The two traps.** With groups smaller than a block, {{gptq.layer.stale:.0%}} of the scales were out of date. The zero point stored minus one is
 #   exercise 3.
 #
