@@ -1,16 +1,16 @@
-"""AWQ: columns that meet large inputs get finer steps, by a scale that folds into the layers before.
+"""AWQ: columns that meet large inputs get finer steps, by a scale that folds into what comes before.
 
 Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", arXiv
-2306.00978, section 3. Column j of a weight is multiplied by s_j before it is rounded, and its inputs
-are divided by s_j where they are made (`compression.folding`). What a group's steps cost column j shrinks by
-s_j, as long as the group's range, and so its step, grows by less. What the paper leaves open follows
-the authors' code (github.com/mit-han-lab/llm-awq): s = mean|x|^ratio, with the ratio searched on a grid by the
-output of the module that the layers stand in, and then a search for the range of each group. Built step by
-step in `chronology/awq_demo`. Scales are those of llm-compressor on the same inputs.
+2306.00978, section 3. Column j of a weight is multiplied by s_j and then rounded, and its inputs are
+divided by s_j where they are made (`compression.folding`). The error that a column brings to the output
+shrinks by s_j, as long as the step of its group grows by less. What the paper leaves open follows the
+authors' code (github.com/mit-han-lab/llm-awq): s = mean|x|^ratio, with the ratio of least error in the
+output of the module around the layers, and after that a search for the range of each group. Built step
+by step in `chronology/awq_demo`. Scales are those of llm-compressor on the same inputs.
 
-Other than in the authors' code a group's range holds 0 (theirs collapses where all weights have one
-sign), values pass to an output projection by grouped-query attention too, GPT-2 has its folds, a
-feature that was always 0 gets no scale, and ranges are searched on all tokens, not on 512.
+Other than in the authors' code, a group's range holds 0 (theirs collapses where all weights have one
+sign), grouped-query attention has its fold as well, and GPT-2 its own, a feature that was always 0 gets
+no scale, and ranges are searched on all tokens, not on 512.
 """
 
 from collections.abc import Iterator, Mapping
@@ -37,7 +37,12 @@ from course_utils.compression.folding import (
     pool,
     source_features,
 )
-from course_utils.grids.uniform import code_range, group_width, scale_and_zero_point
+from course_utils.grids.uniform import (
+    SCALE_TOLERANCE,
+    code_range,
+    group_width,
+    scale_and_zero_point,
+)
 from course_utils.models.walk import BlockInputs, Call, LinearLayer, hidden_states, linear_layers
 from course_utils.quantizers.affine import Affine, AffineWeight
 
@@ -131,11 +136,12 @@ class AWQ(Method):
     groups are of 128.
     `ratio`: the grid on which the ratio is searched, one of `GRIDS`, or a number: the same ratio for
     all, without a search. 0 leaves the block as it is.
-    `clip`: whether the range of each group is searched, 1.00 to 0.55 times its largest magnitude; queries and
-    keys keep theirs. With ratio 0 and no clipping this is round-to-nearest, code for code.
-    `finalists`: a module of several layers has to be run for each candidate. So all candidates run on the first
-    eighth of the calibration sequences, and those many that lose least there, with ratio 0, on the rest.
-    None: all candidates on all sequences, as the authors do. Single layers are judged on all.
+    `clip`: whether the range of each group is searched, 1.00 to 0.55 times its largest magnitude;
+    queries and keys keep theirs. With ratio 0 and no clipping this is round-to-nearest, code for code.
+    `finalists`: a module of several layers has to run for each candidate. All candidates run on the first
+    eighth of the calibration sequences, and then only the `finalists` that lose least there, and ratio
+    0, on the others. None: all candidates on all sequences, as the authors do. Single layers take no
+    run: they are judged on all sequences.
     """
 
     n_bits: int = 4
@@ -181,7 +187,7 @@ class AWQ(Method):
         group_width(self.group_size, columns)
 
     def check_block(self, block: nn.Module) -> None:
-        """Refuse blocks without a mapping, with shapes that do not fold, or with layers that are not float."""
+        """Refuse blocks without a mapping, shapes that do not fold, and layers that are not float."""
         check_folds(block)
         for fold in folds_of(block):
             for layer in _layers(block, fold):
@@ -272,11 +278,12 @@ class AWQ(Method):
         return self._on_grid(_grouped(weight.float() * scale, self.group_size)).flatten(1) / scale
 
     def _on_grid(self, groups: Tensor) -> Tensor:
-        """`groups` `[out, groups, size]` as `rounding` stores them, and NaN where a scale cannot be stored."""
+        """`groups` `[out, groups, size]` as `rounding` stores them; NaN where a step cannot be stored."""
         low, high = code_range(self.n_bits)
         minimum, maximum = groups.aminmax(dim=2, keepdim=True)
-        S, Z = scale_and_zero_point(minimum, maximum, low, high, symmetric=self.symmetric)
-        S = S.to(getattr(torch, self.scale_dtype)).float()
+        exact, Z = scale_and_zero_point(minimum, maximum, low, high, symmetric=self.symmetric)
+        S = exact.to(getattr(torch, self.scale_dtype)).float()
+        S = S.where((S - exact).abs() <= SCALE_TOLERANCE * exact, torch.nan)
         return (groups * (1 / S)).round_().add_(Z).clamp_(low, high).sub_(Z).mul_(S)
 
     def _search_fold(
