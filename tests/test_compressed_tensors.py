@@ -9,7 +9,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import some_tokens, tiny_gpt2, tiny_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from course_utils.compression import quantize_model
 from course_utils.formats.compressed_tensors import pack_quantized, save_compressed_tensors
@@ -22,7 +22,13 @@ from course_utils.quantizers.llm_int8 import LLMInt8
 LIBRARY = BaseCompressor.get_value_from_registry("pack-quantized")
 
 
-@settings(deadline=None, max_examples=40)
+def load(folder):
+    """The model with the weights that the library decodes while loading."""
+    config = CompressedTensorsConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+
+
+@settings(deadline=None, max_examples=25)
 @given(
     st.integers(0, 2**31),
     st.integers(2, 8),
@@ -44,6 +50,7 @@ def test_the_library_decodes_each_layer_to_our_values(seed, n_bits, out, shape, 
     assert torch.equal(LIBRARY.decompress(tensors, scheme)["weight"], stored.dequantize())
 
 
+IGNORED = pytest.mark.filterwarnings("ignore:the Hessian of", "ignore:You passed")
 METHODS = {
     "awq": AWQ(n_bits=4, group_size=8),
     "gptq": GPTQ(n_bits=4, group_size=8, act_order=True, static_groups=True),
@@ -54,7 +61,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-@pytest.mark.filterwarnings("ignore:the Hessian of")
+@IGNORED
 @torch.no_grad()
 def test_transformers_loads_the_model_with_the_library(method, tmp_path):
     """Logits of the loaded model, whose weights the library decodes, are those of the float weights."""
@@ -67,11 +74,20 @@ def test_transformers_loads_the_model_with_the_library(method, tmp_path):
         for name, module in model.named_modules()
         if hasattr(module, "quantized_weight")
     }
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = load(tmp_path)
     torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
     layers = {layer.name: layer.weight for layer in linear_layers(loaded)}
-    assert layers.keys() == decoded.keys()  # it has decompressed them when it ran
+    assert layers.keys() == decoded.keys()
     assert all(torch.equal(layers[name], weight) for name, weight in decoded.items())
+
+
+def test_a_symmetric_grid_needs_no_configuration(tmp_path):
+    """The library decodes the weights when the model runs first."""
+    model, tokens = tiny_llama(), some_tokens()
+    quantize_model(model, Affine(n_bits=4, group_size=8, symmetric=True))
+    save_compressed_tensors(model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_the_configuration_says_what_stays_float(tmp_path):
@@ -83,7 +99,7 @@ def test_the_configuration_says_what_stays_float(tmp_path):
     down = [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
     assert sorted(config["ignore"]) == ["lm_head", *down]
     tokens = some_tokens()
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = load(tmp_path)
     torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
@@ -97,7 +113,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("method", "message"), REFUSED.values(), ids=REFUSED)
-@pytest.mark.filterwarnings("ignore:the Hessian of")
+@IGNORED
 def test_what_the_format_does_not_hold_is_refused(method, message, tmp_path):
     model = tiny_llama()
     if method is not None:

@@ -43,6 +43,9 @@ def pack_quantized(
 def save_compressed_tensors(model: PreTrainedModel, folder: Path | str) -> None:
     """Write the quantized `model` into `folder`, for `from_pretrained` beside the library compressed-tensors.
 
+    Give that `quantization_config=CompressedTensorsConfig(dequantize=True)` where the grid has zero points:
+    transformers 5.23 makes room for packed ones in no other way.
+
     All its quantized layers have to be `nn.Linear` once loaded, on one uniform grid, with scales of rows or
     of groups of neighbouring columns: what `affine`, `gptq` and `awq` make. Raises ValueError for others.
     """
