@@ -28,6 +28,7 @@ from course_utils.quantizers.awq import (
     InputMoments,
     activation_scale,
     relative_magnitude,
+    squared_output,
 )
 from course_utils.quantizers.gptq import GPTQ
 
@@ -314,7 +315,7 @@ def test_clipping_gains():
     moments.update(x)
     method = awq(n_bits=2)
     kept, clipped = (
-        moments.squared_output(W - m.dequantize())
+        squared_output(W - m.dequantize(), moments.products)
         for m in (method.rounding.quantize(W), method.quantize(W, moments))
     )
     assert clipped < 0.9 * kept

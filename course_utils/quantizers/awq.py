@@ -65,14 +65,14 @@ class InputMoments:
     def __init__(self, in_features: int, device: torch.device):
         self.tokens = 0
         self._magnitude = torch.zeros(in_features, dtype=torch.float64, device=device)
-        self._products = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        self._products = torch.zeros(in_features, in_features, device=device)
 
     def update(self, x: Tensor) -> None:
         """Take in more inputs `[tokens, in]`."""
         x = x.float()
         self.tokens += len(x)
         self._magnitude += x.abs().sum(0)
-        self._products += x.T @ x
+        self._products.addmm_(x.T, x)
 
     @property
     def magnitude(self) -> Tensor:
@@ -82,11 +82,12 @@ class InputMoments:
     @property
     def products(self) -> Tensor:
         """E[x x^T], float32 `[in, in]`."""
-        return (self._products / self.tokens).float()
+        return self._products / self.tokens
 
-    def squared_output(self, weight: Tensor) -> float:
-        """E|x W^T|^2 of a `weight` `[out, in]`, summed over outputs."""
-        return ((weight @ self.products) * weight).sum().item()
+
+def squared_output(weight: Tensor, products: Tensor) -> float:
+    """E|x W^T|^2 of a `weight` `[out, in]`, summed over outputs; `products` are E[x x^T]."""
+    return ((weight @ products) * weight).sum().item()
 
 
 def activation_scale(magnitude: Tensor, ratio: float, weight: Tensor | None = None) -> Tensor:
@@ -266,8 +267,9 @@ class AWQ(Method):
         self, weight: Tensor, approximation: Tensor, statistics: InputMoments
     ) -> float | None:
         """The products tell it: no need to run the block again."""
-        power = statistics.squared_output(weight.float())
-        return statistics.squared_output(weight.float() - approximation) / power if power else 0.0
+        products = statistics.products
+        power = squared_output(weight.float(), products)
+        return squared_output(weight.float() - approximation, products) / power if power else 0.0
 
     def linear(self, x: Tensor, weight: AffineWeight, bias: Tensor | None) -> Tensor:
         """`x @ W.T + bias`, for `x` `[tokens, in]`, with the dequantized weight."""
@@ -280,7 +282,7 @@ class AWQ(Method):
     def _on_grid(self, groups: Tensor) -> Tensor:
         """`groups` `[out, groups, size]` as `rounding` stores them; NaN where a step cannot be stored."""
         low, high = code_range(self.n_bits)
-        minimum, maximum = groups.aminmax(dim=2, keepdim=True)
+        minimum, maximum = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
         exact, Z = scale_and_zero_point(minimum, maximum, low, high, symmetric=self.symmetric)
         S = exact.to(getattr(torch, self.scale_dtype)).float()
         S = S.where((S - exact).abs() <= SCALE_TOLERANCE * exact, torch.nan)
@@ -309,9 +311,10 @@ class AWQ(Method):
         ]
         if calls is None:
             (layer,) = layers
-            W = layer.weight.float()
+            W, products = layer.weight.float(), seen.products
             losses = [
-                seen.squared_output(W - self.rounded(W, scale[index])) / len(W) for scale in scales
+                squared_output(W - self.rounded(W, scale[index]), products) / len(W)
+                for scale in scales
             ]
         else:
             module = block.get_submodule(fold.inspected)
