@@ -1,16 +1,16 @@
-"""AWQ: columns that meet large inputs get finer steps, by a scale that folds into the layers before.
+"""AWQ: columns that meet large inputs get finer steps, by a scale that folds into what comes before.
 
 Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", arXiv
-2306.00978, section 3. Column j of a weight is multiplied by s_j before it is rounded, and its inputs
-are divided by s_j where they are made (`compression.folding`). What a group's steps cost column j shrinks by
-s_j, as long as the group's range, and so its step, grows by less. What the paper leaves open follows
-the authors' code (github.com/mit-han-lab/llm-awq): s = mean|x|^ratio, with the ratio searched on a grid by the
-output of the module that the layers stand in, and then a search for the range of each group. Built step by
-step in `chronology/awq_demo`. Scales are those of llm-compressor on the same inputs.
+2306.00978, section 3. Column j of a weight is multiplied by s_j and then rounded, and its inputs are
+divided by s_j where they are made (`compression.folding`). The error that a column brings to the output
+shrinks by s_j, as long as the step of its group grows by less. What the paper leaves open follows the
+authors' code (github.com/mit-han-lab/llm-awq): s = mean|x|^ratio, with the ratio of least error in the
+output of the module around the layers, and after that a search for the range of each group. Built step
+by step in `chronology/awq_demo`. Scales are those of llm-compressor on the same inputs.
 
-Other than in the authors' code a group's range holds 0 (theirs collapses where all weights have one
-sign), values pass to an output projection by grouped-query attention too, GPT-2 has its folds, a
-feature that was always 0 gets no scale, and ranges are searched on all tokens, not on 512.
+Other than in the authors' code, a group's range holds 0 (theirs collapses where all weights have one
+sign), grouped-query attention has its fold as well, and GPT-2 its own, a feature that was always 0 gets
+no scale, and ranges are searched on all tokens, not on 512.
 """
 
 from collections.abc import Iterator, Mapping
@@ -37,7 +37,12 @@ from course_utils.compression.folding import (
     pool,
     source_features,
 )
-from course_utils.grids.uniform import code_range, group_width, scale_and_zero_point
+from course_utils.grids.uniform import (
+    SCALE_TOLERANCE,
+    code_range,
+    group_width,
+    scale_and_zero_point,
+)
 from course_utils.models.walk import BlockInputs, Call, LinearLayer, hidden_states, linear_layers
 from course_utils.quantizers.affine import Affine, AffineWeight
 
@@ -60,14 +65,14 @@ class InputMoments:
     def __init__(self, in_features: int, device: torch.device):
         self.tokens = 0
         self._magnitude = torch.zeros(in_features, dtype=torch.float64, device=device)
-        self._products = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        self._products = torch.zeros(in_features, in_features, device=device)
 
     def update(self, x: Tensor) -> None:
         """Take in more inputs `[tokens, in]`."""
         x = x.float()
         self.tokens += len(x)
         self._magnitude += x.abs().sum(0)
-        self._products += x.T @ x
+        self._products.addmm_(x.T, x)
 
     @property
     def magnitude(self) -> Tensor:
@@ -77,11 +82,12 @@ class InputMoments:
     @property
     def products(self) -> Tensor:
         """E[x x^T], float32 `[in, in]`."""
-        return (self._products / self.tokens).float()
+        return self._products / self.tokens
 
-    def squared_output(self, weight: Tensor) -> float:
-        """E|x W^T|^2 of a `weight` `[out, in]`, summed over outputs."""
-        return ((weight @ self.products) * weight).sum().item()
+
+def squared_output(weight: Tensor, products: Tensor) -> float:
+    """E|x W^T|^2 of a `weight` `[out, in]`, summed over outputs; `products` are E[x x^T]."""
+    return ((weight @ products) * weight).sum().item()
 
 
 def activation_scale(magnitude: Tensor, ratio: float, weight: Tensor | None = None) -> Tensor:
@@ -131,11 +137,12 @@ class AWQ(Method):
     groups are of 128.
     `ratio`: the grid on which the ratio is searched, one of `GRIDS`, or a number: the same ratio for
     all, without a search. 0 leaves the block as it is.
-    `clip`: whether the range of each group is searched, 1.00 to 0.55 times its largest magnitude; queries and
-    keys keep theirs. With ratio 0 and no clipping this is round-to-nearest, code for code.
-    `finalists`: a module of several layers has to be run for each candidate. So all candidates run on the first
-    eighth of the calibration sequences, and those many that lose least there, with ratio 0, on the rest.
-    None: all candidates on all sequences, as the authors do. Single layers are judged on all.
+    `clip`: whether the range of each group is searched, 1.00 to 0.55 times its largest magnitude;
+    queries and keys keep theirs. With ratio 0 and no clipping this is round-to-nearest, code for code.
+    `finalists`: a module of several layers has to run for each candidate. All candidates run on the first
+    eighth of the calibration sequences, and then only the `finalists` that lose least there, and ratio
+    0, on the others. None: all candidates on all sequences, as the authors do. Single layers take no
+    run: they are judged on all sequences.
     """
 
     n_bits: int = 4
@@ -181,7 +188,7 @@ class AWQ(Method):
         group_width(self.group_size, columns)
 
     def check_block(self, block: nn.Module) -> None:
-        """Refuse blocks without a mapping, with shapes that do not fold, or with layers that are not float."""
+        """Refuse blocks without a mapping, shapes that do not fold, and layers that are not float."""
         check_folds(block)
         for fold in folds_of(block):
             for layer in _layers(block, fold):
@@ -260,8 +267,9 @@ class AWQ(Method):
         self, weight: Tensor, approximation: Tensor, statistics: InputMoments
     ) -> float | None:
         """The products tell it: no need to run the block again."""
-        power = statistics.squared_output(weight.float())
-        return statistics.squared_output(weight.float() - approximation) / power if power else 0.0
+        products = statistics.products
+        power = squared_output(weight.float(), products)
+        return squared_output(weight.float() - approximation, products) / power if power else 0.0
 
     def linear(self, x: Tensor, weight: AffineWeight, bias: Tensor | None) -> Tensor:
         """`x @ W.T + bias`, for `x` `[tokens, in]`, with the dequantized weight."""
@@ -272,11 +280,12 @@ class AWQ(Method):
         return self._on_grid(_grouped(weight.float() * scale, self.group_size)).flatten(1) / scale
 
     def _on_grid(self, groups: Tensor) -> Tensor:
-        """`groups` `[out, groups, size]` as `rounding` stores them, and NaN where a scale cannot be stored."""
+        """`groups` `[out, groups, size]` as `rounding` stores them; NaN where a step cannot be stored."""
         low, high = code_range(self.n_bits)
-        minimum, maximum = groups.aminmax(dim=2, keepdim=True)
-        S, Z = scale_and_zero_point(minimum, maximum, low, high, symmetric=self.symmetric)
-        S = S.to(getattr(torch, self.scale_dtype)).float()
+        minimum, maximum = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+        exact, Z = scale_and_zero_point(minimum, maximum, low, high, symmetric=self.symmetric)
+        S = exact.to(getattr(torch, self.scale_dtype)).float()
+        S = S.where((S - exact).abs() <= SCALE_TOLERANCE * exact, torch.nan)
         return (groups * (1 / S)).round_().add_(Z).clamp_(low, high).sub_(Z).mul_(S)
 
     def _search_fold(
@@ -302,9 +311,10 @@ class AWQ(Method):
         ]
         if calls is None:
             (layer,) = layers
-            W = layer.weight.float()
+            W, products = layer.weight.float(), seen.products
             losses = [
-                seen.squared_output(W - self.rounded(W, scale[index])) / len(W) for scale in scales
+                squared_output(W - self.rounded(W, scale[index]), products) / len(W)
+                for scale in scales
             ]
         else:
             module = block.get_submodule(fold.inspected)
