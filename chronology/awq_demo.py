@@ -74,24 +74,14 @@ import transformers
 from course_utils.compression import get_method, quantize_model
 from course_utils.compression.folding import FOLDS, apply_fold
 from course_utils.data.tokens import calibration_tokens
-from course_utils.evaluation import (
-    compare,
-    compare_all,
-    continuations,
-    difference,
-    format_difference,
-    over_cuts,
-    prompt_of,
-)
+from course_utils.evaluation import compare, compare_all, continuations, difference
+from course_utils.evaluation.continuations import prompt_of
+from course_utils.evaluation.estimate import format_difference, over_cuts
 from course_utils.models import linear_layers, load_model
 from course_utils.models.walk import BlockInputs, blocks
-from course_utils.plotting import (
-    loss_against_ratio,
-    nats_against_bits,
-    sorted_sizes,
-    table,
-)
+from course_utils.plotting import loss_against_ratio, nats_against_bits, sorted_sizes
 from course_utils.plotting.diagrams import four_matrices
+from course_utils.plotting.tables import table
 from course_utils.profiles import resolve
 from course_utils.results import record
 
@@ -154,11 +144,14 @@ def input_sizes(model, calibration):
 
 sizes = input_sizes(model, calibration)
 
+
 # %%
-tails = {
-    n: (x.topk(max(1, round(0.01 * len(x)))).values.sum() / x.sum()).item()
-    for n, x in sizes.items()
-}
+def share_of_largest(x):
+    """Share of the sum that the largest 1% hold."""
+    return (x.topk(max(1, round(0.01 * len(x)))).values.sum() / x.sum()).item()
+
+
+tails = {place: share_of_largest(x) for place, x in sizes.items()}
 heaviest = max(tails, key=tails.get)
 layer = next(x for x in linear_layers(model) if x.name == heaviest)
 curves = {
@@ -187,6 +180,7 @@ def rounded(W, method=nearest):
     return method.quantize(W.contiguous()).dequantize().to(W)
 
 
+# %%
 @torch.no_grad()
 def simulated(change):
     """A copy of the model whose weights are `change(name, W)`."""
@@ -196,8 +190,9 @@ def simulated(change):
     return changed
 
 
+# %%
 def keeping(size_of):
-    """Rounding that leaves the 1% of columns with the largest `size_of(name, W)` as they are."""
+    """Rounding that leaves the 1% of columns with the largest `size_of` as they are."""
 
     def change(name, W):
         kept = size_of(name, W).topk(max(1, round(0.01 * W.shape[1]))).indices
@@ -230,6 +225,7 @@ def doubled(name, W):
     return rounded(W * s) / s
 
 
+# %%
 story["no float, 1% doubled"] = simulated(doubled)
 found = compare_all(story, model, text)
 print(f"{name}, 3 bits, {measured_on}")
@@ -346,9 +342,7 @@ for s in (1.0, 1.25, 1.5, 2.0, 4.0):
             "1/s": 1 / s,
             "error of the column": (errors[0] / errors_1[0]).sqrt().item(),
             "groups whose step grew": (S > 1.0001 * S_1).float().mean().item(),
-            "error of the others": (errors[1:].mean() / errors_1[1:].mean())
-            .sqrt()
-            .item(),
+            "error of the others": (errors[1:] / errors_1[1:]).mean().sqrt().item(),
         }
     )
 table(
@@ -406,7 +400,7 @@ def scale_of(mean, ratio):
 
 @torch.no_grad()
 def search(mlp, x, wanted, n_bits=3):
-    """Mean squared output error for each ratio of the authors' grid, and the best scale."""
+    """Mean squared output errors of the authors' ratios; best ratio and scale."""
     mlp, W = copy.deepcopy(mlp), mlp.c_fc.weight.T.float()  # [out, in]
     method, losses, scales = get_method("affine", n_bits=n_bits, group_size=128), [], []
     for i in range(20):
@@ -420,9 +414,7 @@ def search(mlp, x, wanted, n_bits=3):
 
 losses, ratio, s = search(block.mlp, x, wanted)
 print(f"best ratio {ratio}, scales from {s.min():.2f} to {s.max():.2f}")
-print(
-    f"output error {losses[round(20 * ratio)] / losses[0]:.3f} times that of round-to-nearest"
-)
+print(f"{min(losses) / losses[0]:.3f} times the output error of round-to-nearest")
 
 # %% [markdown]
 # The package searches all places of a block, and finds the same for this one.
@@ -436,29 +428,47 @@ torch.testing.assert_close(theirs.scale, s, rtol=1e-5, atol=0)
 torch.testing.assert_close(list(theirs.losses), losses, rtol=1e-3, atol=0)
 print("The package finds the same ratio, scales and losses.")
 
-# %%
-curves = {
-    f"{source} -> {', '.join(p.fold.layers)}": [v / p.losses[0] for v in p.losses]
-    for source, p in places.items()
-}
-figure = loss_against_ratio(curves, [i / 20 for i in range(20)])
-plt.show()
-for source, p in places.items():
-    record(f"awq.search.{source}.ratio", p.ratio, "", 0, model="course-lm")
-    record(
-        f"awq.search.{source}.left",
-        min(p.losses) / p.losses[0],
-        "",
-        0.05,
-        model="course-lm",
-    )
+# %% tags=["folded"]
+# Records of the search.
+by = {"model": "course-lm"}
+record("awq.search.ratio", ratio, "", 0, **by)
+record("awq.search.left", min(losses) / losses[0], "", 0.02, **by)
 
 # %% [markdown]
-# *Figure: the error of the module's output against the ratio, relative to ratio 0, a curve for each place of the block. The dashed line is round-to-nearest.*
+# In the recorded run the best ratio here is {{awq.search.ratio:.2f}}, and {{awq.search.left:.1%}} of the error is left: course-lm has no large inputs to protect.
+# Now the same search in the block of the larger model that holds the layer of the first figure.
+
+# %%
+walk = BlockInputs.of_first_block(model, calibration)
+for label, large_block in blocks(model):
+    if heaviest.startswith(f"{label}."):
+        break
+    walk.advance(large_block)  # what the next block reads
+exact = get_method("awq", n_bits=3, group_size=group_size, finalists=None)
+found_there = exact.search(large_block, walk)
+
+# %%
+curves = {}
+for place in found_there:
+    layers = ", ".join(layer.rpartition(".")[2] for layer in place.fold.layers)
+    errors = [loss / place.losses[0] for loss in place.losses]
+    curves[f"{place.fold.source} -> {layers}"] = errors
+figure = loss_against_ratio(curves, [i / 20 for i in range(20)])
+plt.show()
+
+# %% tags=["folded"]
+# Records of the place where scaling helps most.
+best = min(found_there, key=lambda place: min(place.losses) / place.losses[0])
+print(f"{name}, {label}: most is won at {', '.join(best.fold.layers)}")
+record("awq.search.large.ratio", best.ratio, "", 0.1, model=name)
+record("awq.search.large.left", min(best.losses) / best.losses[0], "", 0.1, model=name)
+
+# %% [markdown]
+# *Figure: the error of the module's output against the ratio, relative to ratio 0, a curve for each place of the block. The dashed line is round-to-nearest; a dot marks the best ratio.*
 #
-# In the recorded run the best ratio at the MLP is {{awq.search.ln_2.ratio:.2f}}, which leaves {{awq.search.ln_2.left:.0%}} of the error. Ratio 0 is in the grid,
-# so on its own measure the search never loses to round-to-nearest. (The package saves time where a module must run for each
-# candidate: all run on an eighth of the text, and the best four on the rest.)
+# In the recorded run the best place of this block keeps {{awq.search.large.left:.0%}} of round-to-nearest's error, with a ratio of {{awq.search.large.ratio:.2f}}.
+# Too large a ratio does harm: it scales so far that the groups' steps grow. Ratio 0 is in the grid, so on its own measure the search never loses to
+# round-to-nearest. (The package saves time where a module must run for each candidate: all run on an eighth of the text, and the best four on the rest.)
 #
 # ## Folding: the division is free
 #
@@ -512,9 +522,8 @@ assert off < 1e-4
 # %% tags=["nbval-check-output"]
 for kind, folds in FOLDS.items():
     for fold in folds:
-        print(
-            f"{kind}: {fold.source} -> {', '.join(fold.layers)}; judged by {fold.inspected}"
-        )
+        layers = ", ".join(fold.layers)
+        print(f"{kind}: {fold.source} -> {layers}; judged by {fold.inspected}")
 
 # %% [markdown]
 # With **grouped-query attention** several query heads read the same values. Then those heads must share a scale: we take the mean $|x|$ over the heads that read
@@ -529,7 +538,7 @@ for kind, folds in FOLDS.items():
 # %%
 @torch.no_grad()
 def clipped(W, x, method, size=128):
-    """`W` `[out, in]` clamped group by group, and the factors `[out, groups]` chosen."""
+    """`W` `[out, in]` clamped group by group; the factors `[out, groups]` chosen."""
     groups = W.unflatten(1, (-1, size))  # [out, groups, size]
     features = x.unflatten(1, (-1, size))  # [tokens, groups, size]
     absmax, least = groups.abs().amax(2, keepdim=True), torch.inf
@@ -546,33 +555,28 @@ def clipped(W, x, method, size=128):
     return groups.clamp(-limit, limit).flatten(1), factors
 
 
-W, fed = (
-    folded.mlp.c_fc.weight.T.float(),
-    x / s,
-)  # scaled weight [out, in], scaled inputs
+W, fed = folded.mlp.c_fc.weight.T.float(), x / s  # both scaled
 three_bits = get_method("affine", n_bits=3, group_size=128)
 ours, factors = clipped(W, fed[:512], three_bits)
 products = fed[:512].T @ fed[:512] / 512
 torch.testing.assert_close(ours, awq.clipped(W, products), rtol=0, atol=1e-5)
 print("The package chooses the same ranges.")
 
+
 # %%
-errors = {
-    label: ((fed @ (W - rounded(V, three_bits)).T).square().mean()).item()
-    for label, V in (("as they are", W), ("clipped", ours))
-}
+def layer_error(V):
+    """Mean squared error of the layer's output with the rounded weight `V`."""
+    return (fed @ (W - rounded(V, three_bits)).T).square().mean().item()
+
+
+left = layer_error(ours) / layer_error(W)
 kept = (factors == 1).float().mean().item()
 print(f"{kept:.0%} of the groups keep their range; mean factor {factors.mean():.2f}")
-print(
-    f"output error of the layer: {errors['clipped'] / errors['as they are']:.3f} of the unclipped one's"
-)
-record(
-    "awq.clip.left",
-    errors["clipped"] / errors["as they are"],
-    "",
-    0.05,
-    model="course-lm",
-)
+print(f"{left:.3f} times the output error of the unclipped ranges")
+
+# %% tags=["folded"]
+# Records of the ranges.
+record("awq.clip.left", left, "", 0.05, model="course-lm")
 record("awq.clip.kept", kept, "", 0.05, model="course-lm")
 
 # %% [markdown]
@@ -632,19 +636,18 @@ table(
 
 # %% tags=["folded"]
 # Records of the whole model, and the paired differences.
+by = {"model": name, **measured_on.fields}
 for label, c in whole.items():
-    key = f"awq.whole.{methods[label]}"
-    record(
-        f"{key}.loss", c.loss.value, "nats", max(0.02, 0.15 * abs(c.loss.value)), **by
-    )
+    key, tolerance = f"awq.whole.{methods[label]}", max(0.02, 0.15 * abs(c.loss.value))
+    record(f"{key}.loss", c.loss.value, "nats", tolerance, **by)
     record(f"{key}.loss_error", c.loss.error, "nats", **by)
     record(f"{key}.bits_per_weight", reports[label].bits_per_weight, "bits", 0, **by)
     record(f"{key}.perplexity", c.perplexity.perplexity, "", **by)
-print(
-    "AWQ less round-to-nearest:",
-    format_difference(difference(whole["AWQ"], whole["round-to-nearest"])),
-)
-print("AWQ less GPTQ:", format_difference(difference(whole["AWQ"], whole["GPTQ"])))
+for key, other in (("nearest", "round-to-nearest"), ("gptq", "GPTQ")):
+    less = difference(whole["AWQ"], whole[other])
+    record(f"awq.whole.awq_less_{key}", less.value, "nats", 0.05, **by)
+    record(f"awq.whole.awq_less_{key}_error", less.error, "nats", 0.02, **by)
+    print(f"AWQ, less {other}: {format_difference(less)}")
 
 # %% [markdown]
 # In the recorded run, at the same bytes, round-to-nearest loses {{awq.whole.affine.loss:.3f}} nats per token, AWQ {{awq.whole.awq.loss:.3f}} and GPTQ {{awq.whole.gptq.loss:.3f}}.
@@ -676,7 +679,7 @@ searching = get_method("awq", clip=False, **base)
 
 
 def found_scales(texts):
-    """What the search finds on `texts` for each place, by block; the float model stays as it is."""
+    """What the search finds for each place, by block; the model stays as it is."""
     inputs, places = BlockInputs.of_first_block(small, texts), []
     for _, block in blocks(small):
         places.append(searching.search(block, inputs))
@@ -686,7 +689,7 @@ def found_scales(texts):
 
 # %%
 def folded_model(places=(), dealt=False):
-    """Course-lm with scales folded in; `dealt` gives them to other channels of their place."""
+    """Course-lm with scales folded in; `dealt`: each place's in another order."""
     model = load_model("course-lm", device=profile.device).model
     for (_, block), found in zip(blocks(model), places, strict=False):
         for place in found:
@@ -756,30 +759,42 @@ keys = ("awq", "scales", "ranges", "fixed", "dealt", "noise", "gptq", "both")
 named = dict(zip(by_label, keys, strict=True))
 for label, key in named.items():
     mean = over_cuts(by_label[label])
+    gain = over_cuts([plain.loss.value - v for v in by_label[label]])
     record(f"awq.controls.{key}.loss", mean.value, "nats", 0.01, **by)
-    record(f"awq.controls.{key}.loss_error", mean.error, "nats", **by)
-pairs = over_cuts(
-    [
-        a - b
-        for a, b in zip(
-            by_label["scales and ranges (AWQ)"], by_label["GPTQ"], strict=True
-        )
-    ]
-)
-print("AWQ less GPTQ, in pairs:", format_difference(pairs))
+    record(f"awq.controls.{key}.gain", gain.value, "nats", 0.01, **by)
+    record(f"awq.controls.{key}.gain_error", gain.error, "nats", 0.01, **by)
+
+
+def in_pairs(label, other):
+    """How much more `label` loses than `other`, over the cuts."""
+    both = zip(by_label[label], by_label[other], strict=True)
+    return over_cuts([a - b for a, b in both])
+
+
+for key, label, other in (
+    ("awq_less_gptq", "scales and ranges (AWQ)", "GPTQ"),
+    ("both_less_gptq", "scales, then GPTQ", "GPTQ"),
+    ("dealt_less_scales", "scales dealt out at random", "scales"),
+    ("noise_less_scales", "scales found on random tokens", "scales"),
+):
+    pairs = in_pairs(label, other)
+    record(f"awq.controls.{key}", pairs.value, "nats", 0.01, **by)
+    record(f"awq.controls.{key}_error", pairs.error, "nats", 0.01, **by)
+    print(f"{label}, less {other}: {format_difference(pairs)}")
 
 # %% [markdown]
 # TEXT-CONTROLS
 #
 # ## From 8 bits to 2
 #
-# The same three ways at all widths, on the small model, and what it writes.
+# AWQ and round-to-nearest at all widths, on the small model, and what AWQ's models write.
 
 # %%
 WIDTHS = profile.pick(quick=(4, 2), cpu=(8, 4, 3, 2))
-curves, speakers = {label: ([], [], []) for label in methods}, {"float": small}
+pair = {"round-to-nearest": "affine", "AWQ": "awq"}
+curves, speakers = {label: ([], [], []) for label in pair}, {"float": small}
 for bits in WIDTHS:
-    for label, method in methods.items():
+    for label, method in pair.items():
         texts = None if method == "affine" else small_texts
         which, report = quantized(
             "course-lm", get_method(method, n_bits=bits, group_size=128), texts
@@ -799,12 +814,12 @@ figure = nats_against_bits({"course-lm": curves})
 plt.show()
 for label, (_, nats, _) in curves.items():
     for width, value in zip(WIDTHS, nats, strict=True):
-        key = f"awq.widths.{methods[label]}.w{width}.loss"
+        key = f"awq.widths.{pair[label]}.w{width}.loss"
         record(key, value, "nats", max(0.005, 0.15 * abs(value)), **by)
 print(continuations(speakers, small_tokenizer, prompt_of("course-lm")))
 
 # %% [markdown]
-# *Figure: nats lost against measured bits per weight for round-to-nearest, AWQ and GPTQ on course-lm; the dashed line at 0 is the float model.*
+# *Figure: nats lost against measured bits per weight for round-to-nearest and AWQ on course-lm; the dashed line at 0 is the float model.*
 #
 # TEXT-WIDTHS
 #
@@ -830,7 +845,7 @@ print(continuations(speakers, small_tokenizer, prompt_of("course-lm")))
 
 # %% tags=["exercise"]
 def channel_scales(x, ratio):
-    """s `[in]` from inputs `x` `[tokens, in]`: mean|x|^ratio over sqrt(largest * smallest).
+    """s `[in]` of `x` `[tokens, in]`: mean|x|^ratio over sqrt(largest * smallest).
 
     Approach: the mean of |x| over tokens, to the power; normalise by the channels seen.
     Example: x = [[4, -1]], ratio 0.5 gives [sqrt 2, 1 / sqrt 2].
@@ -882,7 +897,7 @@ assert torch.allclose(s[[0, 2]], torch.tensor([2.0, 0.5]).sqrt())
 
 # %% tags=["exercise"]
 def fold_values(V, b, P, s, heads, kv_heads):
-    """New (V, b, P): values `[kv_heads * d, in]`, their bias, projection `[out, heads * d]`.
+    """New (V, b, P): values `[kv_heads * d, in]`, bias, projection `[out, heads * d]`.
 
     `s` `[kv_heads * d]` is the scale of each value feature.
     Approach: divide V's rows and b by s; multiply P's columns, where each value head's
@@ -898,7 +913,7 @@ def fold_values(V, b, P, s, heads, kv_heads):
 
 # %% tags=["exercise-tests"]
 def attend(V, b, P, x, heads, kv_heads, mix):
-    """Outputs `[tokens, out]`; `mix` `[heads, tokens, tokens]` stands for softmax's weights."""
+    """Outputs `[tokens, out]`; `mix` `[heads, tokens, tokens]`: softmax's weights."""
     values = (x @ V.T + b).unflatten(1, (kv_heads, -1))  # [tokens, kv_heads, d]
     read = values[:, torch.arange(heads) * kv_heads // heads]  # [tokens, heads, d]
     return torch.einsum("hts,shd->thd", mix, read).flatten(1) @ P.T
@@ -929,7 +944,7 @@ for heads, kv_heads in ((2, 2), (4, 2)):
         atol=1e-4,
     )
     assert same, (
-        f"{heads} heads on {kv_heads}: does each query head's part of P meet its value head's s?"
+        f"{heads} heads on {kv_heads}: which s meets each query head's columns?"
     )
 print("The function is the same with and without grouped queries.")
 ### BEGIN HIDDEN TESTS
