@@ -635,14 +635,15 @@ def curve(name, codes):
 
 
 ways = {"round-to-nearest": "nearest", "GPTQ": "GPTQ"}
+small = names[0]
 figure = nats_against_bits(
-    {name: {way: curve(name, codes) for way, codes in ways.items()} for name in names}
+    {small: {way: curve(small, codes) for way, codes in ways.items()}}
 )
 plt.show()
 
 # %% [markdown]
-# *Figure: nats lost per token against measured bits per weight, a panel for each model. One curve is for round-to-nearest, one for GPTQ. The dashed line at
-# zero is the float model. Points at the same bits stand side by side, so that their bars can be told apart: SmolLM2 was measured at one width.*
+# *Figure: nats that course-lm loses per token against measured bits per weight. One curve is for round-to-nearest, one for GPTQ. The dashed line at
+# zero is the float model. Points at the same bits stand side by side, so that their bars can be told apart.*
 #
 # In the recorded run GPTQ lies, on course-lm, below the nearest codes at every width, and the gap is the larger, the fewer the bits. Nowhere does GPTQ reach the float model.
 #
