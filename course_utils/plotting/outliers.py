@@ -14,9 +14,8 @@ def codes_against_outlier(row: Tensor, outliers: list[float]) -> Figure:
 
     One bar a code, and one axis below the other: side by side, a bar would be thinner than a pixel.
     """
-    figure, axes = new_figure(len(outliers), 1, height=1.5 * len(outliers) + 0.4, sharex=True)
-    axes = np.atleast_1d(axes)
-    for axis, outlier in zip(axes, outliers, strict=True):
+    figure, axes = new_figure(len(outliers), 1, height=1.9 * len(outliers), sharex=True)
+    for axis, outlier in zip(np.atleast_1d(axes), outliers, strict=True):
         changed = row.clone()
         changed[-1] = outlier
         codes = (changed * (127 / changed.abs().max())).round()
@@ -27,7 +26,7 @@ def codes_against_outlier(row: Tensor, outliers: list[float]) -> Figure:
         axis.set_yscale("log")
         axis.set_ylim(bottom=0.7)  # a single entry is seen, too
         axis.set_ylabel("entries")
-    axes[-1].set_xlabel("int8 code")
+        axis.set_xlabel("int8 code")
     return figure
 
 
