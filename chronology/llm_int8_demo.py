@@ -94,6 +94,8 @@ from course_utils.evaluation import (
 from course_utils.kernels import int8_matmul
 from course_utils.kernels.fixed_point import quantize_multiplier
 from course_utils.models import linear_layers, load_model
+
+# %%
 from course_utils.plotting import (
     codes_against_outlier,
     error_against_threshold,
@@ -317,8 +319,9 @@ for r in rows:
 # %% [markdown]
 # In the recorded run {{llm_int8.smollm2-135m-q4_1.inputs.layers_above:.0f}} of SmolLM2's
 # {{llm_int8.smollm2-135m-q4_1.inputs.layers:.0f}} layers read values of 6 and more, and the largest is
-# {{llm_int8.smollm2-135m-q4_1.inputs.largest:,.0f}}. course-lm has nothing of the kind: its largest input is
-# {{llm_int8.course-lm.inputs.largest:.1f}}.
+# {{llm_int8.smollm2-135m-q4_1.inputs.largest:,.0f}}. course-lm passes 6 as well, in
+# {{llm_int8.course-lm.inputs.layers_above:.0f}} of {{llm_int8.course-lm.inputs.layers:.0f}} layers. Its largest input is only
+# {{llm_int8.course-lm.inputs.largest:.1f}}, and the median feature of that layer is of the same order.
 #
 # Which layer suffers most? We quantize every layer's weight and inputs to vector-wise int8 and take the layer
 # with the largest relative output error.
@@ -423,13 +426,12 @@ absmax_x = small.abs().amax(1)  # [tokens]
 x_codes = (small * (127 / absmax_x)[:, None]).round().to(torch.int8)
 x_codes[:, outliers] = 0  # whole columns leave the integer product
 shrunk = (x.abs().amax(1) / absmax_x).median().item()
-print(
-    f"{len(outliers)} of {x.shape[1]} features leave; rows' steps fall {shrunk:.1f} times"
-)
+print(f"{len(outliers)} of {x.shape[1]} features leave;", end=" ")
+print(f"the rows' steps fall {shrunk:.1f} times")
 
 # %% [markdown]
-# One column has made the steps of the median row several times coarser. (On course-lm, in the profile `quick`, no feature
-# leaves and nothing changes.)
+# One column of SmolLM2 has made the steps of the median row several times coarser. (In the worst layer of course-lm no
+# feature leaves, and nothing changes.)
 #
 # Two products remain, and their sum. For the floating-point part the paper and its library part ways. The equation
 # multiplies the outliers with the **original** weights. The library has thrown those away, and takes the int8
@@ -451,7 +453,7 @@ y_paper = integer_part + x[:, outliers] @ W[:, outliers].T
 
 # %%
 def one_scale(matrix):
-    """int8 codes of a matrix by its single largest magnitude, and that magnitude `[1]`."""
+    """int8 codes of a matrix by its single largest magnitude, and that `[1]`."""
     codes, absmax, _ = vectorwise_quantize(matrix.reshape(1, -1))
     return codes.view(matrix.shape), absmax
 
@@ -540,16 +542,16 @@ at_threshold = rows[thresholds.index(6.0)]
 for how in ("above it", "at random"):
     key = f"llm_int8.{model_name}.sweep.{how.replace(' ', '_')}"
     record(key, at_threshold[how], "", 0.1 * at_threshold[how], model=model_name)
-record(f"llm_int8.{model_name}.sweep.columns", at_threshold["float columns"], "columns", 1,
-       model=model_name)  # fmt: skip
+key = f"llm_int8.{model_name}.sweep.columns"
+record(key, at_threshold["float columns"], "columns", 1, model=model_name)
 
 # %% [markdown]
 # *Figure: relative output error against the number of feature columns kept in float, both axes logarithmic (with 0 added
 # to the x axis); one curve for the columns above the threshold, labelled with the threshold, one for as many random
 # columns.*
 #
-# In SmolLM2's worst layer {{llm_int8.smollm2-135m-q4_1.sweep.columns:.0f}} column(s) above 6 leave an error of
-# {{llm_int8.smollm2-135m-q4_1.sweep.above_it:.1e}} in the recorded run, and as many random ones leave
+# In SmolLM2's worst layer {{llm_int8.smollm2-135m-q4_1.sweep.columns:.0f}} float column chosen by the threshold 6 leaves an error of
+# {{llm_int8.smollm2-135m-q4_1.sweep.above_it:.1e}} in the recorded run, and as many at random leave
 # {{llm_int8.smollm2-135m-q4_1.sweep.at_random:.1e}}. So the choice of the column does it. Each further column gains
 # less.
 
@@ -628,12 +630,9 @@ rows = [
 table(rows, {"bits per weight": ".3f", "KL divergence": ".4f", "perplexity": ".2f"})
 
 # %% tags=["folded"]
-# Records quality, bits and bytes of each variant.
+# Records the quality of each variant.
 for name, of_model in compared.items():
     by = {"model": name} | protocols[name].fields
-    float_weights = [layer.weight for layer in linear_layers(models[name].model)]
-    float_bytes = sum(w.nbytes for w in float_weights)
-    bits[name, "float"] = 8 * float_weights[0].element_size(), float_bytes
     reference = of_model["int8"].reference
     record(f"llm_int8.{name}.float.perplexity", reference.perplexity, "", 0.05, **by)
     for of_loss in (
@@ -651,7 +650,14 @@ for name, of_model in compared.items():
         record(f"{key}.loss", found.loss.value, "nats", loose, **by)
         record(f"{key}.loss_error", found.loss.error, "nats", loose, **by)
         record(f"{key}.agreement", found.agreement.value, "", 2 * loose, **by)
-    for variant in ("float", *of_model):
+
+# %% tags=["folded"]
+# Records bits and bytes of the linear layers of each variant.
+for name, of_model in variants.items():
+    weights = [layer.weight for layer in linear_layers(of_model["float"])]
+    float_bytes = sum(w.nbytes for w in weights)
+    bits[name, "float"] = 8 * weights[0].element_size(), float_bytes
+    for variant in of_model:
         key, (per_weight, nbytes) = f"llm_int8.{name}.{variant}", bits[name, variant]
         record(f"{key}.bits_per_weight", per_weight, "bits", 1e-6, model=name)
         record(f"{key}.linear_bytes", nbytes, "bytes", 0, model=name)
@@ -687,8 +693,11 @@ plt.show()
 # {{llm_int8.smollm2-135m-q4_1.int8.loss:.3f}} ± {{llm_int8.smollm2-135m-q4_1.int8.loss_error:.3f}}. With the outlier columns
 # in float it is {{llm_int8.smollm2-135m-q4_1.llm_int8.loss:.3f}} ±
 # {{llm_int8.smollm2-135m-q4_1.llm_int8.loss_error:.3f}}. The first step matters most: a massive activation then
-# sets the step of one row instead of all. On course-lm, which has no outliers, the last two variants lose
-# {{llm_int8.course-lm.int8.loss:.4f}} and {{llm_int8.course-lm.llm_int8.loss:.4f}}.
+# sets the step of one row instead of all. The last step brings the model closer to float: it finds the same likeliest token
+# on {{llm_int8.smollm2-135m-q4_1.llm_int8.agreement:.1%}} of the tokens instead of
+# {{llm_int8.smollm2-135m-q4_1.int8.agreement:.1%}}. On course-lm, whose features differ little, the decomposition changes
+# nothing: both last variants lose {{llm_int8.course-lm.int8.loss:.4f}} and
+# {{llm_int8.course-lm.llm_int8.loss:.4f}} nats.
 #
 # ### On other tokens, and beside SmoothQuant
 #
@@ -738,8 +747,8 @@ for (where, variant), gain in won.items():
 # {{llm_int8.smollm2-135m-q4_1.won.first.llm_int8.error:.3f}} nats over vector-wise int8 in the recorded run. On the
 # second it wins {{llm_int8.smollm2-135m-q4_1.won.second.llm_int8.value:+.3f}} ±
 # {{llm_int8.smollm2-135m-q4_1.won.second.llm_int8.error:.3f}}. The first gain is distinguished from 0, the second is not. So
-# we give no share of the loss that the decomposition takes back: it would differ from text to text by more than we
-# can tell. SmoothQuant wins {{llm_int8.smollm2-135m-q4_1.won.second.smoothquant.value:+.3f}} ±
+# we give no share of the loss that the decomposition takes back: on one text even the sign of its gain is not
+# certain. SmoothQuant wins {{llm_int8.smollm2-135m-q4_1.won.second.smoothquant.value:+.3f}} ±
 # {{llm_int8.smollm2-135m-q4_1.won.second.smoothquant.error:.3f}} on the second text. It was calibrated once, and the error
 # does not say what another calibration text would give.
 #
@@ -796,8 +805,9 @@ for name, (before, after) in shrinks.items():
 # %% [markdown]
 # The linear layers shrink by a factor of just under four against float32, and just under two against float16, the usual
 # way to store a model. The whole model shrinks by less: {{llm_int8.smollm2-135m-q4_1.shrinks:.2f}} times against
-# float32 for SmolLM2 in the recorded run, because the embedding stays in float. Loading needs buffers of its own, so the
-# process takes more than the tensors.
+# float32 for SmolLM2 in the recorded run, because the embedding stays in float. Loading SmolLM2 needs buffers of its own, so its
+# process takes more than the tensors. A model as small as course-lm may fit into memory that the process holds already, and
+# its last column then says little.
 
 # %% [markdown]
 # ### Time
@@ -834,8 +844,8 @@ for name, of_model in speed.items():
 # divided by the float time.*
 #
 # LLM.int8() takes {{llm_int8.smollm2-135m-q4_1.slower:.1f}} times as long per token as float on SmolLM2 in the recorded
-# run. Finding the outliers, quantizing the input and adding a second product are work that a float layer does
-# not have, and our integer product converts the codes to float32 on the way. The authors' own blog shows the same for a
+# run. On a machine that has other work such a ratio is rough. Finding the outliers, quantizing the
+# input and adding a second product are work that a float layer does not have, and our integer product converts the codes to float32 on the way. The authors' own blog shows the same for a
 # small model: T5-3B takes 312 ms per token in int8 on one T4 against 45 ms in float32 on two, and 173 ms after tuning
 # [@belkada2022gentle]. The method saves memory, not time.
 
@@ -863,7 +873,7 @@ print("The package's codes, scales and outlier columns are the ones built above.
 
 # %% tags=["folded"]
 # Asserts that the codes of bitsandbytes are ours, and its outputs to 1e-4.
-# Its import warns on a CPU that an optional 4-bit kernel is not installed: not used here.
+# Its import warns on a CPU that a 4-bit kernel is not installed: not used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 try:
     import bitsandbytes.functional as bnb
