@@ -18,7 +18,8 @@
 # *Large Model Quantization: a deep dive. Milestone 1 of the chronology (2022).*
 
 # %% [markdown]
-# When you have worked through this notebook you will be able to
+# **One question**: can the products of a language model run in 8-bit integers, although a few of its
+# features are enormous? When you have worked through this notebook you will be able to
 #
 # - quantize a matrix to int8 by absmax, multiply two such matrices in integers, and get back to
 #   real numbers;
@@ -26,8 +27,8 @@
 #   that do so;
 # - build LLM.int8() [@dettmers2022llmint8]: integer arithmetic for nearly all features, floating
 #   point for the few outliers;
-# - quantize a whole language model and say, from your own measurement, what it costs and what it
-#   gains in bytes, in quality and in time.
+# - say, from a paired measurement with its error, what the method costs and gains in quality, in
+#   bytes and in time.
 #
 # It takes about an hour to read and work, on any laptop. You need to know what a matrix product
 # is and what a linear layer does. The code runs in well under a minute with the profile `quick`,
@@ -70,7 +71,9 @@ if course_utils.__version__ != VERSION:
 
 # %%
 import copy
+import logging
 import tempfile
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
@@ -78,22 +81,37 @@ import transformers
 from course_utils.compression import get_method, quantize_model
 from course_utils.data.tokens import calibration_tokens, evaluation_tokens
 from course_utils.evaluation import (
+    compare_all,
+    continuations,
+    difference,
     file_bytes,
-    perplexity,
+    format_difference,
     process_bytes,
+    prompt_of,
     tensor_bytes,
     time_per_token,
 )
 from course_utils.kernels import int8_matmul
+from course_utils.kernels.fixed_point import quantize_multiplier
 from course_utils.models import linear_layers, load_model
+
+# %%
 from course_utils.plotting import (
     codes_against_outlier,
     error_against_threshold,
     feature_maxima,
+    new_figure,
     relative_bars,
+    table,
 )
+from course_utils.plotting.diagrams import activation_heatmap, integer_data_flow
 from course_utils.profiles import resolve
-from course_utils.quantizers.llm_int8 import vectorwise_quantize
+from course_utils.quantizers.llm_int8 import (
+    Int8Weight,
+    LLMInt8,
+    int8_linear,
+    vectorwise_quantize,
+)
 from course_utils.results import record
 
 # %% tags=["parameters"]
@@ -112,17 +130,17 @@ generator = torch.Generator().manual_seed(profile.seed)
 # ## The question
 #
 # Nearly all of a transformer's weights sit in its linear layers, and nearly all of its arithmetic is
-# their product $y = x W^\top$, with activations `x` `[tokens, in]` and weights `W` `[out, in]`. Store
-# `W` in 8-bit integers instead of 32-bit floats and it is four times smaller. Round `x` to 8 bits
-# as well and the product itself can run in integers, which hardware with int8 units does faster.
+# their product $y = x W^\top$, with activations `x` `[tokens, in]` and weights `W` `[out, in]`. In
+# 8-bit integers `W` is four times smaller than in 32-bit floats. If `x` is rounded to 8 bits as well,
+# the product itself can run in integers.
 #
-# What we want to keep small is not the error of the weights but the error of the result,
+# A layer's result should change little. We measure its **relative output error**,
 #
 # $$ \frac{\lVert y - \hat y \rVert^2}{\lVert y \rVert^2}, $$
 #
-# and what we want to keep smaller still is the damage to the whole model. LLM.int8() was the
-# first method to do this for models of billions of parameters without a loss that its authors could
-# measure. It needs no training and no calibration data.
+# and then the damage to the whole model. LLM.int8() was the first method to do this for models of
+# billions of parameters without a loss that its authors could measure. It needs no training and no
+# **calibration**, that is, no sample text from which anything is tuned.
 
 # %% [markdown]
 # ## Absmax quantization by hand
@@ -132,119 +150,124 @@ generator = torch.Generator().manual_seed(profile.seed)
 #
 # $$ q = \mathrm{round}\!\left(x \cdot \frac{127}{a}\right), \qquad \hat x = q \cdot \frac{a}{127}. $$
 #
-# The code -128 is never used, so that the codes are symmetric: $-x$ always gets the code $-q$. Each row
-# has its own absmax. Follow the first row below with pencil and paper: its absmax is 2.0, so its step
-# is 2.0 / 127, and 0.5 is 31.75 steps, which rounds to 32.
+# The code -128 is never used, so that $-x$ always gets the code $-q$. Follow the first row below with
+# pencil and paper: its absmax is 2.0, so its step is 2.0 / 127, and 0.5 is 31.75 steps, which rounds
+# to 32.
 
 # %% tags=["nbval-check-output"]
 x = torch.tensor(
     [[0.5, -1.0, 2.0, 0.1], [3.0, 0.3, -0.3, 1.5], [-0.02, 0.01, 0.04, 0.03]]
-)
+)  # [tokens=3, in=4]
 absmax_x = x.abs().amax(1)  # [3]: one per row, that is per token
 x_codes = (x * (127 / absmax_x)[:, None]).round().to(torch.int8)  # [3, 4]
 print("absmax:", [round(v, 4) for v in absmax_x.tolist()])
-print("codes:")
-print(x_codes)
-print(
-    "bytes:",
-    x.numel() * x.element_size(),
-    "->",
-    x_codes.numel() * x_codes.element_size(),
-)
+print("codes:", x_codes.tolist())
 
 # %% [markdown]
-# The third row's absmax is 75 times smaller than the second's, and it loses nothing by that: it has a scale of
-# its own. Going back shows the rounding error. A value is off by at most half a step, that is by
-# $a / 254$; PyTorch rounds a tie to the even neighbour.
+# The third row's absmax is 75 times smaller than the second's. The row loses nothing by that, since it has
+# a step of its own. A value is off by at most half a step, $a / 254$:
 
-# %% tags=["nbval-check-output"]
+# %%
 x_back = x_codes.float() * (absmax_x / 127)[:, None]  # [3, 4]
-error = (x - x_back).abs().amax(1)
-for row in range(3):
-    bound = absmax_x[row] / 254
-    print(f"row {row}: largest error {error[row]:.6f}, bound {bound:.6f}")
+error = (x - x_back).abs().amax(1)  # [3]
 assert (error <= absmax_x / 254 * (1 + 1e-4)).all()  # float32 rounds, too
+rows = zip(absmax_x.tolist(), error.tolist(), (absmax_x / 254).tolist(), strict=True)
+table([{"absmax": a, "largest error": e, "half a step": h} for a, e, h in rows])
 
 # %% [markdown]
+# Each row stays within half of its own step. Rows 0 and 1 reach it: there a value lies in the middle
+# of two codes, and PyTorch rounds such a tie to the even one.
+#
 # ## The product in integers
 #
 # Quantize the weights the same way, one scale per **output** (a row of `W`). The scale of a token and
-# the scale of an output are constants of one entry of the result, so both can be pulled out of the sum:
+# the scale of an output are constants of one entry of the result. Both can be pulled out of the sum:
 #
 # $$ y_{ij} = \sum_k x_{ik} W_{jk} \;\approx\; \frac{a^x_i}{127}\,\frac{a^W_j}{127}
 # \underbrace{\sum_k q^x_{ik}\, q^W_{jk}}_{\text{integers only}}. $$
 #
-# The paper calls this *vector-wise* quantization. Had each *feature* $k$ its own scale, the scales would
-# stay inside the sum and the integers would be of no use. That detail will matter below.
+# The paper calls this **vector-wise** quantization. If each *feature* $k$ had its own scale, the scales
+# would stay inside the sum, and the sum would not be one of integers. Remember this for later.
 
 # %% tags=["nbval-check-output"]
 W = torch.tensor([[0.2, -0.4, 0.1, 0.3], [-1.0, 0.5, 0.25, 0.75]])  # [out=2, in=4]
 absmax_W = W.abs().amax(1)  # [2]: one per output
 W_codes = (W * (127 / absmax_W)[:, None]).round().to(torch.int8)
 sums = x_codes.int() @ W_codes.int().T  # [3, 2], int32
-print("integer sums:")
-print(sums)
-
-# %%
-y = x @ W.T
-y_int8 = (
-    sums * (absmax_x[:, None] * absmax_W) / 127**2
-)  # the outer product of the scales
-print("float:", [[round(v, 4) for v in row] for row in y.tolist()])
-print("int8: ", [[round(v, 4) for v in row] for row in y_int8.tolist()])
-print(f"relative error {(y - y_int8).square().sum() / y.square().sum():.1e}")
-
-# %% [markdown]
-# Two codes multiply to at most $127^2 = 16129$, so the sum needs more than 8 bits. Hardware adds int8
-# products into an **int32** accumulator. With 8 bits the sum would wrap around; with 32 it is exact for more
-# features than any layer has.
-
-# %% tags=["nbval-check-output"]
 wrapped = sums.to(torch.int8)  # what an 8-bit accumulator would be left with
-print("int32:", sums[0].tolist(), " int8:", wrapped[0].tolist())
+print("int32 sums:", sums.tolist())
+print("first row in 8 bits:", wrapped[0].tolist())
 print("features an int32 sum is safe for:", (2**31 - 1) // 127**2)
 
 # %% [markdown]
-# ## Why one outlier ruins a row
-#
-# The absmax sets the step for the whole row. Make one of 512 values large and all the others have to
-# share the few codes that are left near zero. We draw a row from a normal distribution and replace its
-# last entry.
+# Two codes multiply to at most $127^2 = 16129$, so sums need more than 8 bits: in 8 bits the first row
+# would wrap around to other numbers. Hardware adds int8 products into an **int32** accumulator, which is
+# exact for more features than any layer has.
 
 # %%
-row = torch.randn(512, generator=generator).clamp(-3, 3)
-print("outlier   step   distinct codes of the other 511   their relative error")
+multiplier, shift = quantize_multiplier(float(absmax_x[0] * absmax_W[0]) / 127 / 1.8)
+figure = integer_data_flow(x_codes[0], W_codes[0], multiplier, shift)
+plt.show()
+
+# %% [markdown]
+# *Figure: from left to right, the int8 codes of the first row of x and of W, their int32 sum, a multiplication
+# by an integer multiplier and a shift, and the int8 code of the output.*
+#
+# The picture shows a chip without floats: it turns the int32 sum into the next layer's int8 code, here with
+# 1.8 as the output's absmax. LLM.int8() leaves the path after the second arrow. It multiplies the int32 sum by
+# both scales in float:
+
+# %%
+y = x @ W.T  # [3, 2]
+y_int8 = sums * (absmax_x[:, None] * absmax_W) / 127**2  # outer product of the scales
+print("float:", [[round(v, 4) for v in row] for row in y.tolist()])
+print("int8: ", [[round(v, 4) for v in row] for row in y_int8.tolist()])
+
+# %% [markdown]
+# Eight bits keep about two correct digits of each entry in this example.
+#
+# ## Why one outlier ruins a row
+#
+# The absmax sets the step for the whole row. If one of 512 values is large, all others share the few codes
+# near zero. We draw a row from a normal distribution and replace its last entry.
+
+# %%
+row, rows = torch.randn(512, generator=generator).clamp(-3, 3), []
 for outlier in (3.0, 10.0, 60.0, 600.0):
     row[-1] = outlier
     step = row.abs().max() / 127
-    codes = (row / step).round()
-    rest, back = row[:-1], (codes * step)[:-1]
-    loss = (rest - back).square().sum() / rest.square().sum()
-    print(f"{outlier:7.0f} {step:6.3f} {len(codes[:-1].unique()):18d} {loss:30.1e}")
+    codes = (row / step).round()[:-1]
+    error = (row[:-1] - codes * step).square().sum() / row[:-1].square().sum()
+    rows.append(
+        {"outlier": outlier, "step": step.item(), "relative error": error.item()}
+    )
+    rows[-1]["distinct codes of the others"] = len(codes.unique())
+table(rows, {"step": ".3f", "relative error": ".1e"})
 
 # %%
 figure = codes_against_outlier(row, [3.0, 60.0, 600.0])
 plt.show()
 
 # %% [markdown]
-# *Figure: three histograms of int8 codes of the same row. With a last entry of 3, no larger than the others, the codes
-# fill the range; with 60 they crowd into a few bars around zero; with 600 all values but the
-# outlier fall on the code zero or its neighbours.*
+# *Figure: how many of the 512 entries get each int8 code, one bar a code, for a last entry of 3, 60 and 600. The
+# bars spread over most of the axis in the first picture and stand close to zero in the second. The last has three bars
+# beside the outlier's own at 127.*
 #
-# The error of the other values grows with the *square* of the step, and so of the outlier, until they round to
-# zero (last line of the table): then it levels off near 1, and the row is lost.
+# The error of the other values grows with the *square* of the step, and so of the outlier. With 600 nearly all of
+# them round to zero, and the row is lost.
 
 # %% [markdown]
 # ## Real activations
 #
 # Do language models have such values? Dettmers et al. found that they do, and that they are not spread at
-# random: they sit in the **same few features** across layers, and in models beyond
-# 6.7 billion parameters they appear in every layer [@dettmers2022llmint8]. We look at the inputs of
-# every linear layer of our models, over a few hundred tokens that no model is evaluated on.
+# random: they sit in the **same few features** across layers. In models beyond 6.7 billion parameters they
+# appear in every layer [@dettmers2022llmint8]. We look at the inputs of every linear layer of our models, over a few
+# hundred tokens that no model is evaluated on. (SmolLM2's weights come from a 4-bit file. That does not favour
+# an 8-bit method: its steps are other ones, and far finer.)
 
-# %%
+# %% tags=["folded"]
+# Collects the inputs of every linear layer with forward hooks.
 models = profile.load_models()
-n_tokens = profile.pick(quick=256, cpu=512)
 
 
 @torch.no_grad()
@@ -264,27 +287,44 @@ def layer_inputs(model, tokens):
 
 
 # %%
-inputs = {}
+inputs, peaks = (
+    {},
+    {},
+)  # by model and layer: x [tokens, in], and each feature's peak [in]
 for name, (model, tokenizer) in models.items():
-    length = min(n_tokens, model.config.max_position_embeddings)
+    length = min(profile.pick(quick=256, cpu=512), model.config.max_position_embeddings)
     tokens = calibration_tokens(tokenizer, 1, length, seed=profile.seed)
     inputs[name] = layer_inputs(model, tokens)
-    maxima = {k: v.abs().amax(0) for k, v in inputs[name].items()}
-    with_outliers = sum(bool((m >= THRESHOLD).any()) for m in maxima.values())
-    largest = max(maxima, key=lambda k: maxima[k].max().item())
-    print(
-        f"{name}: {with_outliers} of {len(maxima)} layers see a value >= {THRESHOLD:g}."
-    )
-    print(f"  The largest, {maxima[largest].max():,.1f}, enters {largest},")
-    print(f"  where the median feature reaches {maxima[largest].median():.2f}.")
-    above = {layer: int((m >= THRESHOLD).sum()) for layer, m in maxima.items()}
-    most = max(above, key=above.get)
-    print(f"  Most outlier features: {above[most]} of {len(maxima[most])}, in {most}.")
+    peaks[name] = {k: v.float().abs().amax(0) for k, v in inputs[name].items()}
+
+# %%
+largest, rows = {}, []
+for name, of_layer in peaks.items():
+    largest[name] = max(of_layer, key=lambda layer: of_layer[layer].max().item())
+    above = sum(bool((peak >= THRESHOLD).any()) for peak in of_layer.values())
+    top = of_layer[largest[name]]
+    rows.append({"model": name, "layers": len(of_layer), "with |x| >= 6": above})
+    rows[-1] |= {"largest |x|": top.max().item(), "in": largest[name]}
+    rows[-1]["median feature's peak there"] = top.median().item()
+table(rows, {"largest |x|": ",.1f", "median feature's peak there": ".2f"})
+
+# %% tags=["folded"]
+# Records what the text below says.
+for r in rows:
+    key, model = f"llm_int8.{r['model']}.inputs", r["model"]
+    record(f"{key}.layers_above", r["with |x| >= 6"], "layers", 2, model=model)
+    record(f"{key}.layers", r["layers"], "layers", 0, model=model)
+    record(f"{key}.largest", r["largest |x|"], "", 0.02 * r["largest |x|"], model=model)
 
 # %% [markdown]
-# Which layer suffers most? Not the one with the largest value, but the one where large values meet *many*
-# tokens and small companions. We quantize every layer's weight and inputs to plain int8 and take the one with
-# the largest relative output error.
+# In the recorded run {{llm_int8.smollm2-135m-q4_1.inputs.layers_above:.0f}} of SmolLM2's
+# {{llm_int8.smollm2-135m-q4_1.inputs.layers:.0f}} layers read values of 6 and more, and the largest is
+# {{llm_int8.smollm2-135m-q4_1.inputs.largest:,.0f}}. course-lm passes 6 as well, in
+# {{llm_int8.course-lm.inputs.layers_above:.0f}} of {{llm_int8.course-lm.inputs.layers:.0f}} layers. Its largest input is only
+# {{llm_int8.course-lm.inputs.largest:.1f}}, and the median feature of that layer is of the same order.
+#
+# Which layer suffers most? We quantize every layer's weight and inputs to vector-wise int8 and take the layer
+# with the largest relative output error.
 
 
 # %%
@@ -292,123 +332,160 @@ def relative_error(y, approximation):
     return ((y - approximation).square().sum() / y.square().sum()).item()
 
 
-plain = get_method("llm_int8", threshold=0.0)
-worst = {}
+vectorwise = get_method("llm_int8", threshold=0.0)  # no decomposition
+worst, rows = {}, []
 for name, (model, _) in models.items():
-    weights = {layer.name: layer.weight for layer in linear_layers(model)}
+    W_of = {layer.name: layer.weight.float() for layer in linear_layers(model)}
     errors = {}
     for layer, x in inputs[name].items():
-        y_int8 = plain.linear(x, plain.quantize(weights[layer]), None)
-        errors[layer] = relative_error((x @ weights[layer].T).float(), y_int8.float())
+        y_int8 = vectorwise.linear(x.float(), vectorwise.quantize(W_of[layer]), None)
+        errors[layer] = relative_error(x.float() @ W_of[layer].T, y_int8)
     layer = max(errors, key=errors.get)
-    worst[name] = layer, inputs[name][layer].float(), weights[layer].float()
+    worst[name] = layer, inputs[name][layer].float(), W_of[layer]
     median = sorted(errors.values())[len(errors) // 2]
-    print(
-        f"{name}: worst layer {layer}, error {errors[layer]:.1e}; median {median:.1e}"
-    )
+    rows.append({"model": name, "worst layer": layer, "its error": errors[layer]})
+    rows[-1]["median layer's error"] = median
+table(rows, {"its error": ".1e", "median layer's error": ".1e"})
 
 # %%
-panels = {f"{m}\n{layer}": x.abs().amax(0).cpu() for m, (layer, x, W) in worst.items()}
-panels[f"{name}, largest value\n{largest}"] = maxima[largest].cpu()
+model_name = list(worst)[-1]
+layer, x, W = worst[model_name]
+peak = x.abs().amax(0)  # [in]
+first = max(
+    0, min(int(peak.argmax()) - 288, len(peak) - 576)
+)  # the slice that is drawn
+outliers = (peak >= THRESHOLD).nonzero().flatten()
+marked = [k - first for k in outliers.tolist() if 0 <= k - first < 576]
+figure = activation_heatmap(x[:128, first : first + 576].cpu(), marked)
+figure.axes[0].set_title(f"inputs of {layer}", fontsize=9, pad=22)
+plt.show()
+
+# %% [markdown]
+# *Figure: inputs of the last model's worst layer, one line a token and one column a feature, dark where |x| is
+# large. A red triangle marks each feature that reaches the threshold. In SmolLM2 one dark column runs through nearly
+# all tokens.*
+
+# %%
+panels = {f"{m}\n{layer}": x.abs().amax(0).cpu() for m, (layer, x, _) in worst.items()}
+most = largest[model_name]
+panels[f"{model_name}, largest value\n{most}"] = peaks[model_name][most].cpu()
 figure = feature_maxima(panels, THRESHOLD)
 plt.show()
 
 # %% [markdown]
-# *Figure: one dot per input feature of each model's worst layer, and last of the layer with the largest value, at
-# the height of its largest magnitude over the tokens, on a logarithmic axis; a dashed line marks the threshold, triangles mark features above
-# it.*
-#
-# The next cell says what there is to see in numbers. Two things to keep apart:
-#
-# - **Outlier features** in the paper's sense: moderately large, in the same feature of most tokens. They
-#   stretch the step of *nearly every row*.
-# - **Massive activations** [@sun2024massive]: hidden-state values a thousand times the median, in a few tokens.
-#   They ruin *their own rows* and leave the others alone, since every token has its own scale. The layer with
-#   the largest value, in the last panel, is an input inside an MLP of this kind, if the model has any.
-#
-# A model may pass the threshold here and there without either: what counts is the ratio to its other features.
+# *Figure: one dot per input feature, at the height of its largest magnitude over the tokens, on a logarithmic axis.
+# The first panels are each model's worst layer, the last is the layer with the largest value. A dashed line marks the
+# threshold, triangles the features that reach it.*
 
 # %%
-for name, (layer, x, _) in worst.items():
-    hit = x.abs() >= THRESHOLD  # [tokens, in]
-    columns, rows = hit.any(0), hit.any(1)
-    ratio = x.abs().amax(0).max() / x.abs().amax(0).median()
-    print(f"{name}, {layer}:")
-    print(
-        f"  {int(columns.sum())} of {x.shape[1]} features are outliers; they reach "
-        f"{int(rows.sum())} of {len(x)} tokens."
-    )
-    print(
-        f"  The largest feature is {ratio:.1f} times the median one: "
-        + ("a strong outlier." if ratio > 10 else "no outlier worth the name.")
-    )
-massive = inputs[name][largest].abs() >= 100  # [tokens, in]
-print(f"{name}, {largest}: values of 100 and more in {int(massive.any(0).sum())}")
-print(f"  feature(s) and {int(massive.any(1).sum())} of {len(massive)} token(s).")
+rows = []
+for where, at in (("worst layer", layer), ("largest value", most)):
+    seen = inputs[model_name][at].float()
+    top = seen.abs().amax(0).argmax()  # the feature with the largest value
+    hit = (seen[:, top].abs() >= THRESHOLD).sum().item()
+    rows.append({"layer": at, "feature": top.item(), "tokens": len(seen)})
+    rows[-1]["tokens where it is >= 6"] = hit
+    key = f"llm_int8.{model_name}.{where.replace(' ', '_')}"
+    record(f"{key}.tokens", len(seen), "tokens", 0, model=model_name)
+    record(f"{key}.tokens_hit", hit, "tokens", 5, model=model_name)
+table(rows)
+
+# %% [markdown]
+# Two kinds of large values stand side by side here.
+#
+# - An **outlier feature** in the paper's sense is moderately large on most tokens. It stretches the step of
+#   nearly every row. The top feature of SmolLM2's worst layer reaches 6 on
+#   {{llm_int8.smollm2-135m-q4_1.worst_layer.tokens_hit:.0f}} of
+#   {{llm_int8.smollm2-135m-q4_1.worst_layer.tokens:.0f}} tokens in the recorded run.
+# - A **massive activation** [@sun2024massive] is a value a thousand times the median, on a few tokens. The largest
+#   value of SmolLM2 is of this kind: its feature reaches 6 on
+#   {{llm_int8.smollm2-135m-q4_1.largest_value.tokens_hit:.0f}} of these tokens. With a scale for every token it ruins
+#   its own row only. With one scale for all of them it ruins every row.
 
 # %% [markdown]
 # ## The decomposition, step by step
 #
-# The idea of LLM.int8() is to take the outlier features out. Let $O$ be the set of features in which
-# some token reaches the threshold $\alpha = 6$. Then
+# LLM.int8() takes the outlier features out. Let $O$ be the set of features in which some token reaches the
+# threshold $\alpha = 6$. Then
 #
 # $$ y_{ij} \;\approx\; \underbrace{\sum_{k \in O} x_{ik} W_{jk}}_{\text{floating point}} \;+\;
 # \frac{a^x_i a^W_j}{127^2} \underbrace{\sum_{k \notin O} q^x_{ik} q^W_{jk}}_{\text{int8, int32 sums}},
 # $$
 #
 # equation 8 of the paper. $O$ is found anew for every input: that is why no calibration is needed. We take the
-# last model's worst layer.
+# worst layer from above.
+#
+# The scales of the rows come without the outliers. Implementations differ in a detail. We follow bitsandbytes, the
+# authors' own library: *values* above the threshold are left out of the absmax, while small values that share a column
+# with an outlier still count. The codes of the whole column become zero.
 
 # %%
-model_name = list(worst)[-1]
-layer, x, W = worst[model_name]
-y = x @ W.T
-outliers = (
-    (x.abs() >= THRESHOLD).any(0).nonzero().flatten()
-)  # a value of exactly 6.0 counts
-print(f"{model_name}, {layer}: x {list(x.shape)}, W {list(W.shape)}")
-print(f"step 1: {len(outliers)} outlier features, for example {outliers[:8].tolist()}")
-
-# %% [markdown]
-# Step 2: the scales of the rows, now without the outliers. Here is a detail in which implementations
-# differ. The *values* above the threshold are left out of the absmax; the small values that share a
-# column with an outlier still count, although their codes are set to zero. We follow bitsandbytes, the
-# authors' own library.
-
-# %%
+y = x @ W.T  # [tokens, out]
 small = x.masked_fill(x.abs() >= THRESHOLD, 0.0)
-absmax_x = small.abs().amax(1)
-shrunk = x.abs().amax(1) / absmax_x
-print(
-    f"step 2: rows' absmax falls by a factor of {shrunk.median():.1f} in the median, "
-    f"{shrunk.max():,.1f} at most"
-)
+absmax_x = small.abs().amax(1)  # [tokens]
 x_codes = (small * (127 / absmax_x)[:, None]).round().to(torch.int8)
-x_codes[:, outliers] = 0  # step 3: whole columns leave the integer product
+x_codes[:, outliers] = 0  # whole columns leave the integer product
+shrunk = (x.abs().amax(1) / absmax_x).median().item()
+print(f"{len(outliers)} of {x.shape[1]} features leave;", end=" ")
+print(f"the rows' steps fall {shrunk:.1f} times")
 
 # %% [markdown]
-# Steps 4 and 5: the two products, and their sum. For the floating-point part we have a choice, and it is the
-# place where the paper and its library part ways. The equation multiplies the outliers with the **original**
-# weights. The library has thrown those away, and takes the int8 columns, **dequantized**.
+# One column of SmolLM2 has made the steps of the median row several times coarser. (In the worst layer of course-lm no
+# feature leaves, and nothing changes.)
+#
+# Two products remain, and their sum. For the floating-point part the paper and its library part ways. The equation
+# multiplies the outliers with the **original** weights. The library has thrown those away, and takes the int8
+# columns, **dequantized**.
 
 # %%
-absmax_W = W.abs().amax(1)
+absmax_W = W.abs().amax(1)  # [out]
 W_codes = (W * (127 / absmax_W)[:, None]).round().to(torch.int8)
+W_back = W_codes.float() * (absmax_W / 127)[:, None]  # [out, in]
 integer_part = int8_matmul(x_codes, W_codes) * (absmax_x[:, None] * absmax_W) / 127**2
-W_back = W_codes.float() * (absmax_W / 127)[:, None]
 y_library = integer_part + x[:, outliers] @ W_back[:, outliers].T
 y_paper = integer_part + x[:, outliers] @ W[:, outliers].T
-y_plain = plain.linear(x, plain.quantize(W), None)
 
-print(f"plain int8, no decomposition:      {relative_error(y, y_plain):.2e}")
-print(f"LLM.int8(), dequantized columns:   {relative_error(y, y_library):.2e}")
-print(f"LLM.int8(), original columns:      {relative_error(y, y_paper):.2e}")
 
 # %% [markdown]
-# (This small cell keeps float32 columns; the package keeps float16, as the paper has it.) Is the second form worth
-# it? Which columns are needed is known only when the input is there, so *all* original
-# weights have to be kept beside the codes. `QuantizedWeight` counts the bytes of every tensor it stores,
-# so the price can be read off.
+# Beside them we put two simpler ways, and one that rounds nothing but the weights. The simpler ones are vector-wise
+# int8 as above, and one scale for all of `x` and one for all of `W`.
+
+
+# %%
+def one_scale(matrix):
+    """int8 codes of a matrix by its single largest magnitude, and that `[1]`."""
+    codes, absmax, _ = vectorwise_quantize(matrix.reshape(1, -1))
+    return codes.view(matrix.shape), absmax
+
+
+(x_q, x_max), (W_q, W_max) = one_scale(x), one_scale(W)
+outputs = {
+    "one_scale": int8_matmul(x_q, W_q) * (x_max * W_max) / 127**2,
+    "int8": vectorwise.linear(x, vectorwise.quantize(W), None),
+    "llm_int8": y_library,
+    "original": y_paper,
+    "float_inputs": x @ W_back.T,
+}
+errors = {how: relative_error(y, output) for how, output in outputs.items()}
+table([{"layer output by": how, "relative error": e} for how, e in errors.items()],
+      {"relative error": ".2e"})  # fmt: skip
+
+# %% tags=["folded"]
+# Records what the text below says.
+for how, e in errors.items():
+    key = f"llm_int8.{model_name}.worst_layer.{how}.error"
+    record(key, e, "", 0.1 * e, model=model_name)
+record(f"llm_int8.{model_name}.worst_layer.gain", errors["int8"] / errors["llm_int8"],
+       "times", 2, model=model_name)  # fmt: skip
+
+# %% [markdown]
+# In SmolLM2's worst layer the decomposition divides the error of vector-wise int8 by
+# {{llm_int8.smollm2-135m-q4_1.worst_layer.gain:.0f}} in the recorded run. Rounding the weights alone costs
+# {{llm_int8.smollm2-135m-q4_1.worst_layer.float_inputs.error:.1e}}, so the rounded inputs make the rest of the error.
+# The original weights take the error of LLM.int8() from
+# {{llm_int8.smollm2-135m-q4_1.worst_layer.llm_int8.error:.1e}} to
+# {{llm_int8.smollm2-135m-q4_1.worst_layer.original.error:.1e}}. What do they cost? The columns that will be needed are known
+# only when the input is there, so *all* original weights have to be kept beside the codes:
 
 # %% tags=["nbval-check-output"]
 example = torch.linspace(-1, 1, 256 * 512).reshape(256, 512)
@@ -418,16 +495,16 @@ for form in ("dequantized", "original"):
     print(f"{form}: {stored.bits_per_weight:.4f} bits per weight, {parts}")
 
 # %% [markdown]
-# More than 16 bits per weight is more than half precision itself. The library's choice is the only one that saves
-# memory, and everything below uses it.
+# The original weights bring it to more bits than half precision itself has. Only the library's form saves memory, and
+# everything below uses it.
 
 # %% [markdown]
-# ## Does the threshold matter, or just the number of columns?
+# ## Is it the outliers, or just the number of columns?
 #
-# Lower the threshold and more columns become floating point; the error must fall, for that reason alone. So an
-# honest sweep needs a **control**: keep as many columns in float, but choose them at random. Only
-# what the outliers gain *over the control* is due to choosing them. (In this sweep a chosen column leaves the
-# absmax altogether, small values included; the last line compares that with the library's rule of step 2.)
+# A lower threshold makes more columns floating point, and the error falls for that reason alone. So an
+# honest sweep needs a **control**: as many columns in float, but chosen at random. Only what the outliers gain
+# *over the control* is due to choosing them. (Here a chosen column leaves the absmax altogether, small values
+# included.)
 
 
 # %%
@@ -440,48 +517,349 @@ def decomposed_error(columns):
     return relative_error(y, part + x[:, kept] @ W_back[:, kept].T)
 
 
-thresholds = [None, 100.0, 20.0, 10.0, 6.0, 4.0, 3.0, 2.0, 1.0]
-peaks = x.abs().amax(0)
-kept, sweep = [], {"columns above the threshold": [], "as many columns at random": []}
+# %%
+thresholds, rows = [None, 20.0, 10.0, 6.0, 4.0, 3.0, 2.0, 1.0], []
 for threshold in thresholds:
-    chosen = [] if threshold is None else (peaks >= threshold).nonzero().flatten()
-    draws = [
-        torch.randperm(len(peaks), generator=generator)[: len(chosen)] for _ in range(5)
-    ]
-    kept.append(len(chosen))
-    sweep["columns above the threshold"].append(decomposed_error(chosen))
-    control = sorted(decomposed_error(draw) for draw in draws)[2]  # the median draw
-    sweep["as many columns at random"].append(control)
+    chosen = [] if threshold is None else (peak >= threshold).nonzero().flatten()
+    shuffles = [torch.randperm(len(peak), generator=generator) for _ in range(5)]
+    draws = [decomposed_error(shuffle[: len(chosen)]) for shuffle in shuffles]
+    rows.append({"threshold": threshold, "float columns": len(chosen)})
+    rows[-1]["above it"] = decomposed_error(chosen)
+    rows[-1] |= {"at random": sum(draws) / 5, "lowest of 5": min(draws)}
+table(rows, {k: ".2e" for k in ("above it", "at random", "lowest of 5")})
 
 # %%
-figure = error_against_threshold(kept, sweep, thresholds)
+series = {
+    "columns above the threshold": [r["above it"] for r in rows],
+    "as many columns at random (mean of 5)": [r["at random"] for r in rows],
+}
+figure = error_against_threshold([r["float columns"] for r in rows], series, thresholds)
 plt.show()
-print("threshold  columns  error     control")
-for row in zip(thresholds, kept, *sweep.values(), strict=True):
-    print(f"{row[0] or 'none':>9}  {row[1]:7d}  {row[2]:.2e}  {row[3]:.2e}")
-whole = decomposed_error(outliers)
-print(
-    f"threshold {THRESHOLD:g}: {whole:.2e} with outlier columns out of the absmax, "
-    f"{relative_error(y, y_library):.2e} by the library's rule"
-)
+
+# %% tags=["folded"]
+# Records what the text below says.
+at_threshold = rows[thresholds.index(6.0)]
+for how in ("above it", "at random"):
+    key = f"llm_int8.{model_name}.sweep.{how.replace(' ', '_')}"
+    record(key, at_threshold[how], "", 0.1 * at_threshold[how], model=model_name)
+key = f"llm_int8.{model_name}.sweep.columns"
+record(key, at_threshold["float columns"], "columns", 1, model=model_name)
 
 # %% [markdown]
-# *Figure: relative output error against the number of feature columns kept in float, on a logarithmic scale (the x-axis from 1 on, with 0 added); one
-# curve for the columns above the threshold, labelled with the threshold, one for as many random
+# *Figure: relative output error against the number of feature columns kept in float, both axes logarithmic (with 0 added
+# to the x axis); one curve for the columns above the threshold, labelled with the threshold, one for as many random
 # columns.*
 #
-# Read the table from the top. Where the model has a strong outlier, the first column or two take most of the
-# error away, and as many random columns change almost nothing. Each further column gains less, though the error goes
-# on falling. On a model without outliers the two curves start together and part slowly, and a threshold
-# of 6 is work for nothing.
+# In SmolLM2's worst layer {{llm_int8.smollm2-135m-q4_1.sweep.columns:.0f}} float column chosen by the threshold 6 leaves an error of
+# {{llm_int8.smollm2-135m-q4_1.sweep.above_it:.1e}} in the recorded run, and as many at random leave
+# {{llm_int8.smollm2-135m-q4_1.sweep.at_random:.1e}}. So the choice of the column does it. Each further column gains
+# less.
 
 # %% [markdown]
-# ## Is it right? The package, and bitsandbytes
+# ## A whole model, in three steps
 #
-# What we have built in small cells is what `course_utils` holds in one module. Codes must agree exactly, and
-# the outputs do to rounding.
+# `quantize_model` replaces every linear layer by one that holds codes. Embeddings and the LM head stay in float, as in
+# the paper. A method is two functions: `quantize` makes the stored weight, and `linear` computes with it. That is
+# enough to write the coarsest method of the story ourselves.
+
 
 # %%
+class OneScale(LLMInt8):
+    """int8 with one scale for the whole weight, and one for all inputs of a call."""
+
+    def quantize(self, weight, statistics=None):
+        return Int8Weight(*one_scale(weight))
+
+    def linear(self, x, weight, bias):
+        codes, absmax = one_scale(x)
+        return int8_linear(codes, absmax.expand(len(x)), weight, bias).to(x.dtype)
+
+
+# %%
+methods = {
+    "one_scale": OneScale(),
+    "int8": vectorwise,
+    "llm_int8": get_method("llm_int8", threshold=THRESHOLD),
+}
+variants = {name: {"float": model} for name, (model, _) in models.items()}
+bits = {}
+for name, (model, _) in models.items():
+    for variant, method in methods.items():
+        variants[name][variant] = copy.deepcopy(model)
+        report = quantize_model(variants[name][variant], method)
+        bits[name, variant] = report.bits_per_weight, report.nbytes
+
+# %% [markdown]
+# ### Quality
+#
+# All models read the same tokens: the start of each document of the evaluation split of the CIA World Factbook. We
+# subtract the float model's loss from a variant's, token by token. The mean is the **nats lost** per token. Its standard error
+# (after ±) is taken over documents. A loss within two errors of 0 is not distinguished from none. The **KL divergence**
+# says how far the predicted distributions moved, and the last but one column how often both models find the same token
+# likeliest.
+
+# %%
+compared, protocols = {}, {}
+for name, of_model in variants.items():
+    protocols[name] = profile.protocol(of_model["float"])
+    others = {v: model for v, model in of_model.items() if v != "float"}
+    text = protocols[name].text(models[name].tokenizer)
+    compared[name] = compare_all(others, of_model["float"], text)
+    print(f"{name}: {protocols[name]}, float {compared[name]['int8'].reference}")
+
+
+# %%
+def row_of(model, variant, found, **more):
+    agreement, error = 100 * found.agreement.value, 100 * found.agreement.error
+    return {
+        "model": model,
+        "linear layers": variant,
+        **more,
+        "nats lost per token": format_difference(found.loss),
+        "KL divergence": found.divergence.value,
+        "same top token, %": f"{agreement:.1f} ± {error:.1f}",
+        "perplexity": found.perplexity.perplexity,
+    }
+
+
+rows = [
+    row_of(name, variant, found, **{"bits per weight": bits[name, variant][0]})
+    for name, of_model in compared.items()
+    for variant, found in of_model.items()
+]
+table(rows, {"bits per weight": ".3f", "KL divergence": ".4f", "perplexity": ".2f"})
+
+# %% tags=["folded"]
+# Records the quality of each variant.
+for name, of_model in compared.items():
+    by = {"model": name} | protocols[name].fields
+    reference = of_model["int8"].reference
+    record(f"llm_int8.{name}.float.perplexity", reference.perplexity, "", 0.05, **by)
+    for of_loss in (
+        "loss",
+        "loss_error",
+    ):  # by definition: it is what losses are taken from
+        record(f"llm_int8.{name}.float.{of_loss}", 0.0, "nats", 0, **by)
+    for variant, found in of_model.items():
+        key, loose = (
+            f"llm_int8.{name}.{variant}",
+            0.05 if variant == "one_scale" else 0.005,
+        )
+        perplexity = found.perplexity.perplexity
+        record(f"{key}.perplexity", perplexity, "", 10 * loose, **by)
+        record(f"{key}.loss", found.loss.value, "nats", loose, **by)
+        record(f"{key}.loss_error", found.loss.error, "nats", loose, **by)
+        record(f"{key}.agreement", found.agreement.value, "", 2 * loose, **by)
+
+# %% tags=["folded"]
+# Records bits and bytes of the linear layers of each variant.
+for name, of_model in variants.items():
+    weights = [layer.weight for layer in linear_layers(of_model["float"])]
+    float_bytes = sum(w.nbytes for w in weights)
+    bits[name, "float"] = 8 * weights[0].element_size(), float_bytes
+    for variant in of_model:
+        key, (per_weight, nbytes) = f"llm_int8.{name}.{variant}", bits[name, variant]
+        record(f"{key}.bits_per_weight", per_weight, "bits", 1e-6, model=name)
+        record(f"{key}.linear_bytes", nbytes, "bytes", 0, model=name)
+
+# %% tags=["folded"]
+# Draws the last model's losses, with and without the coarsest method.
+found = compared[model_name]
+figure, axes = new_figure(1, 2, height=2.8)
+for axis, shown in zip(axes, (list(found), list(found)[1:]), strict=True):
+    losses = [found[variant].loss for variant in shown]
+    axis.axvline(0, color="grey", linestyle="--", linewidth=1, label="float")
+    axis.errorbar(
+        [loss.value for loss in losses],
+        range(len(shown)),
+        xerr=[2 * loss.error for loss in losses],
+        fmt="o",
+        capsize=3,
+    )
+    axis.set_yticks(range(len(shown)), shown)
+    axis.invert_yaxis()
+    axis.set_xlabel("nats lost per token (bars: 2 standard errors)")
+axes[0].set_title(model_name, fontsize=10)
+axes[1].set_title("the same without one_scale", fontsize=10)
+plt.show()
+
+# %% [markdown]
+# *Figure: nats lost per token by each variant of the last model, with bars of two standard errors and a dashed line for the
+# float model. On the left with one scale for everything, on the right without it.*
+#
+# This is the story on SmolLM2, in the recorded run. One scale for everything loses
+# {{llm_int8.smollm2-135m-q4_1.one_scale.loss:.2f}} ± {{llm_int8.smollm2-135m-q4_1.one_scale.loss_error:.2f}} nats per
+# token. A scale for every row loses
+# {{llm_int8.smollm2-135m-q4_1.int8.loss:.3f}} ± {{llm_int8.smollm2-135m-q4_1.int8.loss_error:.3f}}. With the outlier columns
+# in float it is {{llm_int8.smollm2-135m-q4_1.llm_int8.loss:.3f}} ±
+# {{llm_int8.smollm2-135m-q4_1.llm_int8.loss_error:.3f}}. The first step matters most: a massive activation then
+# sets the step of one row instead of all. The last step brings the model closer to float: it finds the same likeliest token
+# on {{llm_int8.smollm2-135m-q4_1.llm_int8.agreement:.1%}} of the tokens instead of
+# {{llm_int8.smollm2-135m-q4_1.int8.agreement:.1%}}. On course-lm, whose features differ little, the decomposition changes
+# nothing: both last variants lose {{llm_int8.course-lm.int8.loss:.4f}} and
+# {{llm_int8.course-lm.llm_int8.loss:.4f}} nats.
+#
+# ### On other tokens, and beside SmoothQuant
+#
+# The last step won little, so we look twice: at the paired difference, and on a second text (in the profile `quick` it is the
+# same one). We add a fourth method. **SmoothQuant** [@xiao2022smoothquant] keeps all features in integers. It divides
+# large features of the inputs by factors, and multiplies the weights' columns by the same factors beforehand. It finds the
+# factors on a calibration text. `foundations/dynamic_range` builds it; here it is the package's, with its standard
+# settings and one short text.
+
+# %%
+model, tokenizer = models[model_name]
+others = {variant: variants[model_name][variant] for variant in ("int8", "llm_int8")}
+others["smoothquant"] = copy.deepcopy(model)
+sample = calibration_tokens(tokenizer, 1, length, seed=profile.seed)
+smooth = get_method("smoothquant")
+smooth_bits = quantize_model(others["smoothquant"], smooth, calibration=sample)
+protocol = profile.protocols(model)[-1]
+protocol = replace(protocol, tokens=min(protocol.tokens, 4096))
+second = compare_all(others, model, protocol.text(tokenizer))
+
+# %%
+rows = [row_of(model_name, variant, found) for variant, found in second.items()]
+print(f"second text: {protocol}")
+print(f"SmoothQuant: {smooth_bits.bits_per_weight:.3f} bits per weight")
+table(rows, {"KL divergence": ".4f", "perplexity": ".2f"})
+
+# %%
+pairs = [("first text", compared[model_name], "llm_int8")]
+pairs += [("second text", second, v) for v in ("llm_int8", "smoothquant")]
+won = {(where, v): difference(of["int8"], of[v]) for where, of, v in pairs}
+table([
+    {"text": where, "instead of int8": v, "nats won per token": format_difference(gain)}
+    for (where, v), gain in won.items()
+])  # fmt: skip
+
+# %% tags=["folded"]
+# Records the differences.
+for (where, variant), gain in won.items():
+    key = f"llm_int8.{model_name}.won.{where.split()[0]}.{variant}"
+    used = protocols[model_name] if where == "first text" else protocol
+    by = {"model": model_name} | used.fields
+    record(f"{key}.value", gain.value, "nats", 0.005, **by)
+    record(f"{key}.error", gain.error, "nats", 0.005, **by)
+
+# %% [markdown]
+# On the first text LLM.int8() wins {{llm_int8.smollm2-135m-q4_1.won.first.llm_int8.value:+.3f}} ±
+# {{llm_int8.smollm2-135m-q4_1.won.first.llm_int8.error:.3f}} nats over vector-wise int8 in the recorded run. On the
+# second it wins {{llm_int8.smollm2-135m-q4_1.won.second.llm_int8.value:+.3f}} ±
+# {{llm_int8.smollm2-135m-q4_1.won.second.llm_int8.error:.3f}}. The first gain is distinguished from 0, the second is not. So
+# we give no share of the loss that the decomposition takes back: on one text even the sign of its gain is not
+# certain. SmoothQuant wins {{llm_int8.smollm2-135m-q4_1.won.second.smoothquant.value:+.3f}} ±
+# {{llm_int8.smollm2-135m-q4_1.won.second.smoothquant.error:.3f}} on the second text. It was calibrated once, and the error
+# does not say what another calibration text would give.
+#
+# ### The model speaks
+#
+# What do such losses mean for text? The last model continues one prompt, always by the likeliest token. The line of 8 bits
+# is LLM.int8(). With fewer bits only the weights are rounded, in groups of 64 columns with a scale and a zero point
+# each. That is simulated: the rounded weights are put back as floats, which is faster here. The groups are not those of
+# the 4-bit file that SmolLM2 comes from.
+
+# %%
+speaking = {"float": model, "8 bits": variants[model_name]["llm_int8"]}
+for n_bits in (4, 3, 2):
+    speaking[f"{n_bits} bits"] = copy.deepcopy(model)
+    rounding = get_method("affine", n_bits=n_bits)
+    for layer in linear_layers(speaking[f"{n_bits} bits"]):
+        layer.weight.copy_(rounding.quantize(layer.weight).dequantize())
+print(continuations(speaking, tokenizer, prompt_of(model_name), new_tokens=24))
+
+# %% [markdown]
+# The line of 8 bits soon takes other words than float, and stays as fluent. So does the line of 4 bits. With 3 bits the
+# model repeats itself, and with 2 no sentence is left. Fluent is not the same as true: the text does not show whether
+# a statement is right.
+
+# %% [markdown]
+# ### Bytes
+#
+# Bytes are easy to measure, so we measure them three times: the tensors of the model, the file that
+# `save_pretrained` writes, and the growth of a fresh process that loads the file. The third is what your
+# machine has to have.
+
+# %%
+rows = []
+for name, of_model in variants.items():
+    for variant in ("float", "llm_int8"):
+        with tempfile.TemporaryDirectory() as folder:
+            of_model[variant].save_pretrained(folder)
+            models[name].tokenizer.save_pretrained(folder)
+            sizes = file_bytes(folder), process_bytes(folder)
+        sizes = [n / 1e6 for n in (tensor_bytes(of_model[variant]), *sizes)]
+        names = ("tensors, MB", "file, MB", "process, MB")
+        rows.append({"model": name, "linear layers": variant})
+        rows[-1] |= dict(zip(names, sizes, strict=True))
+table(rows, dict.fromkeys(names, ".1f"))
+
+# %% tags=["folded"]
+# Records by how much the whole model shrinks, as tensors.
+shrinks = {r["model"]: [] for r in rows}
+for r in rows:
+    shrinks[r["model"]].append(r["tensors, MB"])
+for name, (before, after) in shrinks.items():
+    record(f"llm_int8.{name}.shrinks", before / after, "times", 0.01, model=name)
+
+# %% [markdown]
+# The linear layers shrink by a factor of just under four against float32, and just under two against float16, the usual
+# way to store a model. The whole model shrinks by less: {{llm_int8.smollm2-135m-q4_1.shrinks:.2f}} times against
+# float32 for SmolLM2 in the recorded run, because the embedding stays in float. Loading SmolLM2 needs buffers of its own, so its
+# process takes more than the tensors. A model as small as course-lm may fit into memory that the process holds already, and
+# its last column then says little.
+
+# %% [markdown]
+# ### Time
+#
+# Many courses write "and faster" here. We generate text one token at a time, as a chat does, and measure.
+
+# %%
+speed, rows = {}, []
+for name, of_model in variants.items():
+    prompt, speed[name] = evaluation_tokens(models[name].tokenizer, 32), {}
+    for variant, model in of_model.items():
+        timing = time_per_token(model, prompt, new_tokens=16)
+        speed[name][variant] = timing.median
+        low, high = timing.quartiles
+        rows.append({"model": name, "linear layers": variant, "ms": timing.median})
+        rows[-1]["quartiles"] = f"{low:.1f} to {high:.1f}"
+        key = f"llm_int8.{name}.{variant}.ms_per_token"
+        record(key, timing.median, "ms", model=name)
+print(f"16 tokens on {timing.device}, {timing.threads} threads:")
+table(rows, {"ms": ".1f"})
+
+# %%
+figure = relative_bars(speed, "time per token, float = 1")
+plt.show()
+
+# %% tags=["folded"]
+# Records how much slower LLM.int8() is.
+for name, of_model in speed.items():
+    slower = of_model["llm_int8"] / of_model["float"]
+    record(f"llm_int8.{name}.slower", slower, "times", model=name)
+
+# %% [markdown]
+# *Figure: for each model four bars: time per generated token in float, and with each of three int8 methods, each
+# divided by the float time.*
+#
+# LLM.int8() takes {{llm_int8.smollm2-135m-q4_1.slower:.1f}} times as long per token as float on SmolLM2 in the recorded
+# run. On a machine that has other work such a ratio is rough. Finding the outliers, quantizing the
+# input and adding a second product are work that a float layer does not have, and our integer product converts the codes to float32 on the way. The authors' own blog shows the same for a
+# small model: T5-3B takes 312 ms per token in int8 on one T4 against 45 ms in float32 on two, and 173 ms after tuning
+# [@belkada2022gentle]. The method saves memory, not time.
+
+# %% [markdown]
+# ## Compared with bitsandbytes
+#
+# The package's module `llm_int8` holds what we built in small cells, and bitsandbytes is the library behind
+# `load_in_8bit` in `transformers`. Codes of all three have to agree exactly. Outputs may differ a little: on a CPU without
+# AVX-512 bitsandbytes multiplies the codes in float32, which is exact only up to $2^{24}$. Its factor for $1/127^2$ reads
+# `6.200124e-05` (version 0.50.2), where $1/127^2 = 6.20001\ldots \cdot 10^{-5}$. We compare outputs to $10^{-4}$ of
+# the largest.
+
+# %% tags=["folded"]
+# Asserts that the package's codes, scales and outputs are the ones built above.
 method = get_method("llm_int8", threshold=THRESHOLD)
 codes, absmax, columns = vectorwise_quantize(x, THRESHOLD)
 assert torch.equal(codes, x_codes) and torch.equal(absmax, absmax_x)
@@ -491,243 +869,67 @@ y_package = method.linear(x, method.quantize(W), None)
 torch.testing.assert_close(
     y_package, y_library, rtol=1e-4, atol=1e-4 * y.abs().max().item()
 )
-print(
-    "The package's codes, scales and outlier columns are the ones built above, exactly."
-)
+print("The package's codes, scales and outlier columns are the ones built above.")
 
-# %% [markdown]
-# bitsandbytes is the library behind `load_in_8bit` in `transformers`. Its integers have to be ours, bit for
-# bit. Its output may differ a little: on a CPU without AVX-512 it multiplies the codes in float32, which is exact only
-# up to $2^{24}$, and its factor for $1/127^2$ reads `6.200124e-05` (we looked at version 0.50.2), where
-# $1/127^2 = 6.20001\ldots \cdot 10^{-5}$. We compare outputs to $10^{-4}$ of the largest.
-
-# %%
+# %% tags=["folded"]
+# Asserts that the codes of bitsandbytes are ours, and its outputs to 1e-4.
+# Its import warns on a CPU that a 4-bit kernel is not installed: not used here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 try:
     import bitsandbytes.functional as bnb
 except ImportError:
     print("bitsandbytes is not installed here: this comparison is left out.")
 else:
-    their_codes, their_absmax, their_columns = bnb.int8_vectorwise_quant(
-        x.clone(), THRESHOLD
-    )
+    their_codes, their_absmax, found = bnb.int8_vectorwise_quant(x.clone(), THRESHOLD)
     assert torch.equal(their_codes, codes) and torch.equal(their_absmax, absmax)
-    found = [] if their_columns is None else their_columns.tolist()
-    assert found == columns.tolist()
+    assert ([] if found is None else found.tolist()) == columns.tolist()
     weight_codes, weight_absmax, _ = bnb.int8_vectorwise_quant(W.clone())
     assert torch.equal(weight_codes, W_codes) and torch.equal(weight_absmax, absmax_W)
     print(f"bitsandbytes: {codes.numel() + W_codes.numel():,} codes, all equal.")
     theirs, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(
-        x, their_codes, weight_codes, their_absmax, weight_absmax, their_columns
+        x, their_codes, weight_codes, their_absmax, weight_absmax, found
     )
     off = ((theirs - y_package).abs().max() / theirs.abs().max()).item()
     print(f"outputs: largest difference {off:.1e} of the largest output.")
     assert off < 1e-4
-print(
-    f"1 / 127^2 = {1 / 127**2:.8e}; relative difference to 6.200124e-05: "
-    f"{6.200124e-05 * 127**2 - 1:.1e}"
-)
 
 # %% [markdown]
-# ## A whole model
-#
-# `quantize_model` replaces every linear layer by one that holds packed codes. Embeddings and the LM head
-# stay in float, as in the paper. The float weights are gone afterwards: the layer has nothing to fall back on.
-
-# %%
-tokens_of = {"calibration": (1, profile.pick(quick=128, cpu=256))}
-variants = {name: {"float": model} for name, (model, _) in models.items()}
-for name, (model, tokenizer) in models.items():
-    calibration = calibration_tokens(
-        tokenizer, *tokens_of["calibration"], seed=profile.seed
-    )
-    for variant, threshold in (("int8", 0.0), ("llm_int8", THRESHOLD)):
-        quantized = copy.deepcopy(model)
-        report = quantize_model(
-            quantized,
-            get_method("llm_int8", threshold=threshold),
-            calibration=calibration,
-        )
-        variants[name][variant] = quantized
-        print(
-            f"{name}, {variant}: {report.bits_per_weight:.3f} bits per weight; "
-            f"worst layer error {max(r.output_error for r in report.layers):.1e}"
-        )
-        key = f"llm_int8.{name}.{variant}"
-        record(
-            f"{key}.bits_per_weight", report.bits_per_weight, "bits", 1e-6, model=name
-        )
-        record(f"{key}.linear_bytes", report.nbytes, "bytes", 0, model=name)
-
-# %% [markdown]
-# ### Bytes
-#
-# Bytes are easy to claim and easy to measure, so we measure them three times: the tensors of the model, the
-# file that `save_pretrained` writes, and the growth of a fresh process that loads the file. The third is what your
-# machine has to have.
-
-# %%
-size = {}
-for name, of_model in variants.items():
-    linear = [layer.weight for layer in linear_layers(of_model["float"])]
-    float_bytes = sum(w.nbytes for w in linear)
-    key = f"llm_int8.{name}.float"
-    bits = 8 * linear[0].element_size()
-    record(f"{key}.bits_per_weight", bits, "bits", 0, model=name)
-    record(f"{key}.linear_bytes", float_bytes, "bytes", 0, model=name)
-    for variant in ("float", "llm_int8"):
-        with tempfile.TemporaryDirectory() as folder:
-            of_model[variant].save_pretrained(folder)
-            models[name].tokenizer.save_pretrained(folder)
-            fresh = process_bytes(folder)
-            measured = tensor_bytes(of_model[variant]), file_bytes(folder), fresh
-        size[name, variant] = measured
-        tensors, file, process = (f"{n / 1e6:.1f} MB" for n in measured)
-        print(f"{name}, {variant}: tensors {tensors}, file {file}, process {process}")
-
-# %%
-for name in variants:
-    before, after = size[name, "float"], size[name, "llm_int8"]
-    weights = [layer.weight for layer in linear_layers(models[name].model)]
-    linear = sum(w.numel() * w.element_size() for w in weights)
-    print(
-        f"{name}: linear layers are {linear / before[0]:.0%} of the float model; "
-        f"the whole model shrinks {before[0] / after[0]:.2f} times as tensors, "
-        f"{before[2] / after[2]:.2f} times as a process."
-    )
-    halved = before[0] * 2 / weights[0].element_size()
-    print(f"  Against the model in float16: {halved / after[0]:.2f} times as tensors.")
-
-# %% [markdown]
-# The linear layers shrink by a factor of just under four against float32 (a scale per row is the difference), and of just
-# under two against float16, the usual way to store a model. The whole model shrinks by less, because the embedding stays in
-# float, and in small models the embedding is a large share. The process grows by more than the tensors: loading
-# needs buffers of its own, which weigh most in a small model.
-
-# %% [markdown]
-# ### Quality
-#
-# Perplexity on the evaluation split of the CIA World Factbook, the start of each of its documents. course-lm
-# was not trained on them; what SmolLM2 saw in its training we do not know. Tokens, window and stride stand behind each
-# figure. Perplexities of models with different tokenizers cannot be compared with each other, only down a
-# column.
-
-# %%
-quality = {}
-for name, of_model in variants.items():
-    n = profile.pick(quick=2048, cpu=8192)
-    window = min(512, of_model["float"].config.max_position_embeddings)
-    tokens = evaluation_tokens(models[name].tokenizer, n)
-    quality[name] = {}
-    for variant, model in of_model.items():
-        result = perplexity(model, tokens, window=window)
-        quality[name][variant] = result.perplexity
-        record(
-            f"llm_int8.{name}.{variant}.perplexity",
-            result.perplexity,
-            "",
-            0.05,
-            model=name,
-            corpus="factbook",
-            tokens=n,
-            window=window,
-            stride=window,
-        )
-        print(f"{name:18} {variant:9} perplexity {result}")
-
-# %%
-for name, q in quality.items():
-    plain_loss, int8_loss = (q[v] / q["float"] - 1 for v in ("int8", "llm_int8"))
-    print(
-        f"{name}: plain int8 changes the perplexity by {plain_loss:+.2%}, "
-        f"LLM.int8() by {int8_loss:+.2%}."
-    )
-    if plain_loss > 0.005:
-        back = 1 - int8_loss / plain_loss
-        print(f"  The decomposition takes back {back:.0%} of the loss.")
-    else:
-        print("  There is next to nothing to take back: no strong outliers.")
-
-# %% [markdown]
-# The paper chose 6.0 on models with billions of parameters, and reports no loss there. Is it right for a small one? We
-# sweep the threshold over the whole model. The last row has a threshold so small that every column is
-# computed in float: what is lost there is lost by rounding the *weights* to int8, and no threshold can give it back.
-
-# %%
-name = list(models)[-1]
-model, tokenizer = models[name]
-tokens = evaluation_tokens(tokenizer, profile.pick(quick=512, cpu=2048))
-window = min(512, model.config.max_position_embeddings)
-reference = perplexity(model, tokens, window=window)
-print(f"{name}, float: {reference}")
-for threshold in (0.0, 6.0, 4.0, 2.0, 1e-6):
-    quantized = copy.deepcopy(model)
-    quantize_model(quantized, get_method("llm_int8", threshold=threshold))
-    loss = (
-        perplexity(quantized, tokens, window=window).perplexity / reference.perplexity
-        - 1
-    )
-    print(f"  threshold {threshold or 'none':>6}: perplexity {loss:+.2%}")
-
-# %% [markdown]
-# These are fewer tokens than above, so the changes differ from the last table: with so little text, figures of this
-# size move by a percentage point. The last row is the point: rounding the weights to eight bits costs next to
-# nothing, and what is lost above it is lost by rounding the *activations*. Lower thresholds help because more
-# of the product is float. This sweep has no control, so it does not say whether the columns it adds are outliers.
-
-# %% [markdown]
-# ### Time
-#
-# Here many courses write "and faster". We generate text one token at a time, as a chat does, and look.
-
-# %%
-speed = {}
-for name, of_model in variants.items():
-    prompt = evaluation_tokens(models[name].tokenizer, 32)
-    speed[name] = {}
-    for variant, model in of_model.items():
-        timing = time_per_token(
-            model, prompt, new_tokens=profile.pick(quick=16, cpu=32)
-        )
-        speed[name][variant] = timing.median
-        record(
-            f"llm_int8.{name}.{variant}.ms_per_token", timing.median, "ms", model=name
-        )
-        print(f"{name:18} {variant:9} {timing}")
-    slower = speed[name]["llm_int8"] / speed[name]["float"]
-    print(f"  LLM.int8() takes {slower:.1f} times as long per token as float.")
-
-# %%
-figure = relative_bars(speed, "time per token, float = 1")
-plt.show()
-
-# %% [markdown]
-# *Figure: for each model three bars: time per generated token in float, plain int8 and LLM.int8(), each divided
-# by the float time.*
-#
-# It is slower, and that is no accident of our code alone. Finding the outliers, quantizing the input, gathering
-# columns and adding a second product are work that the float layer does not have. Our integer product also converts
-# the codes to float32 on the way, which is exact but no faster than the float product. On a GPU with int8 units
-# the integer product itself is faster, and yet the authors' own blog shows a small model, T5-3B, at 312 ms per
-# token in int8 on one T4 against 45 ms in float32 on two, and 173 ms after tuning [@belkada2022gentle]. What
-# the method saves is memory.
+# All codes agree, and the outputs differ by less than the bound.
 
 # %% [markdown]
 # ## Limits
 #
-# - The threshold 6.0 is a magnitude, not a rank: it fits the activations of the models it was chosen on. Where a layer's
-#   ordinary values exceed it, a large part of the product is done in float after all: see the line "most
-#   outlier features" above.
+# - The threshold 6.0 is a magnitude, not a rank. Where a layer's ordinary values exceed it, a large part of the product
+#   is done in float after all.
 # - Which columns are outliers depends on the *batch*: one token with a massive activation makes the column
 #   float for all tokens. The same sentence may therefore give slightly different outputs in another batch.
-# - The paper studies eight bits. With fewer, one scale for a whole row is coarser; the next milestones give
-#   groups of weights their own scale (GPTQ, AWQ) or another set of levels (NF4).
-# - Weights could be better rounded than each to its nearest code. That is what GPTQ is about.
+# - SmoothQuant was run with one calibration text, and its errors do not include the choice of that text.
+# - The models are small. In the paper the outliers cost most in models of billions of parameters.
+
+# %% [markdown]
+# ## What you saw
+#
+# - **Integers and back.** Each value came back within half a step of its own row. The int32 sums were exact, and the scales
+#   of token and output left the sum.
+# - **One large value.** It took the codes away from all others in its row. In the recorded run one feature of SmolLM2 does so
+#   on {{llm_int8.smollm2-135m-q4_1.worst_layer.tokens_hit:.0f}} of
+#   {{llm_int8.smollm2-135m-q4_1.worst_layer.tokens:.0f}} tokens, and a single value reaches
+#   {{llm_int8.smollm2-135m-q4_1.inputs.largest:,.0f}}.
+# - **LLM.int8().** With that feature in float the layer's error fell
+#   {{llm_int8.smollm2-135m-q4_1.worst_layer.gain:.0f}} times. Random features in its place changed next to nothing.
+# - **Costs and gains.** One scale for everything lost {{llm_int8.smollm2-135m-q4_1.one_scale.loss:.2f}} nats per token on
+#   SmolLM2, a scale for each row {{llm_int8.smollm2-135m-q4_1.int8.loss:.3f}}, and LLM.int8()
+#   {{llm_int8.smollm2-135m-q4_1.llm_int8.loss:.3f}}. The last gain was distinguished from 0 on one text of two. The
+#   model shrank {{llm_int8.smollm2-135m-q4_1.shrinks:.2f}} times, and a token took
+#   {{llm_int8.smollm2-135m-q4_1.slower:.1f}} times as long.
+#
+# So nearly all products can run in 8-bit integers. A scale for each row does most of it, and the few outlier features in float do the
+# rest that we could measure.
 
 # %% [markdown]
 # ## Exercises
 #
-# Each exercise has a function to write and tests that check it. The solution is shown; try it first, with
-# the cell folded away.
+# Each exercise has a function to write, and tests that check it.
 
 # %% [markdown] tags=["exercise-statement"]
 # ### Exercise 1: a row of zeros

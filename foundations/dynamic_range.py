@@ -617,7 +617,7 @@ for name, (model, _) in models.items():
 # $\sum_j \mathrm{E}(x_j^2)\,(w_j - \hat w_j)^2$, which is the error of the layer's output if features are uncorrelated.
 #
 # Scales are symmetric here too. The weights of `smollm2-135m-q4_1` lie on a 4-bit grid of their own, which would favour
-# min-max; we take its dithered copy.
+# min-max. We take `smollm2-135m-dithered`, a copy with noise inside the cells of that grid (`linear_mapping` says how it is made, and what it costs).
 
 
 # %%

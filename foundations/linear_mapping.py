@@ -80,10 +80,10 @@ import torch.nn.functional as F
 import transformers
 from course_utils.compression import get_method, quantize_model
 from course_utils.data.tokens import evaluation_tokens
-from course_utils.evaluation import perplexity
+from course_utils.evaluation import compare, perplexity
 from course_utils.grids import uniform
 from course_utils.kernels import packing
-from course_utils.models import linear_layers
+from course_utils.models import linear_layers, load_model
 from course_utils.plotting import error_against_bits, staircase, values_on_grid
 from course_utils.profiles import resolve
 from course_utils.results import record
@@ -448,7 +448,9 @@ for name in ("tensor", "row", "group"):
 #
 # That is not a curiosity. SmolLM2, as the course gets it, was stored in 4 bits once. Its weights lie on such grids, and
 # flatter every 4-bit method whose grid is the same. Where the course compares 4-bit methods it takes
-# `smollm2-135m-dithered` in its place: the same model with noise added inside each cell.
+# `smollm2-135m-dithered` in its place: the same weights with seeded noise of one step added inside each cell. In each layer the 5% of columns
+# that carry the largest inputs stay without noise. They are few, so the grid is gone all the same, and noise on them alone would do most of the damage.
+# The noise has a price, which is measured below.
 #
 # ## Whose scale? Tensor, row, group
 #
@@ -687,6 +689,26 @@ for name, table in results.items():
 #
 # The seconds are those of quantizing: a few passes over the weights, and packing. Whether the *quantized model* runs faster depends on its
 # kernel; the one used here decodes the weights for every product. `packed_kernels` is about that.
+#
+# One price is paid before any of these: SmolLM2's noise inside the cells of its 4-bit grid. We compare the dithered model with the plain one, on the same tokens.
+
+# %% tags=["folded"]
+# The dithered SmolLM2 against the plain one, where the profile has it.
+if "smollm2-135m-dithered" in models:
+    dithered, tokenizer = models["smollm2-135m-dithered"]
+    how = {"dtype": profile.dtype, "device": profile.device}
+    plain = load_model("smollm2-135m-q4_1", **how).model
+    measured_on = profile.protocol(dithered)
+    cost = compare(dithered, plain, measured_on.text(tokenizer))
+    print(f"smollm2-135m-dithered: {cost}")
+    by = {"model": "smollm2-135m-dithered", **measured_on.fields}
+    record("linear_mapping.dithered.loss", cost.loss.value, "nats", 0.01, **by)
+else:
+    print("This profile has no dithered model; `cpu` compares it with the plain one.")
+
+# %% [markdown]
+# In the recorded run the noise costs SmolLM2 {{linear_mapping.dithered.loss:.3f}} nats per token. Every method of the course starts from the dithered model,
+# so that no comparison between methods contains this price.
 #
 # ## Why do groups help? A control
 #

@@ -547,7 +547,8 @@ for label, which in (("float", model), ("uniform", uniform), ("mixed", mixed)):
 #
 # SmolLM2 has seven times as many blocks and thirty times as many weights, and measuring each layer at each number of bits would take too long
 # here. Blocks are coarser and fewer: all layers of a block get the same bits. We measure at 3 bits only, and scale from there as above. The
-# weights of `smollm2-135m-q4_1` lie on a 4-bit grid; its dithered copy does not, and is the reference for 4 bits and less.
+# weights of `smollm2-135m-q4_1` lie on a 4-bit grid. Its copy with noise inside the cells, `smollm2-135m-dithered`, does not
+# (`linear_mapping` says how it is made), and is the reference for 4 bits and less.
 
 # %%
 others = [name.replace("q4_1", "dithered") for name in profile.models]

@@ -11,6 +11,7 @@ from course_utils.compression.base import (
     QuantizedWeight,
     Statistics,
 )
+from course_utils.compression.driver import prepare_model
 from course_utils.compression.methods import get_method, method_names
 from course_utils.compression.model import Report, quantize_model
 
@@ -23,5 +24,6 @@ __all__ = [
     "Statistics",
     "get_method",
     "method_names",
+    "prepare_model",
     "quantize_model",
 ]

@@ -26,7 +26,11 @@ from course_utils.compression.base import (
     all_finite,
 )
 from course_utils.compression.checkpoint import Checkpoint
-from course_utils.compression.checks import check_calibrated, check_unshared
+from course_utils.compression.checks import (
+    check_calibrated,
+    check_unshared,
+    checked_calibration,
+)
 from course_utils.models.walk import (
     BlockInputs,
     LinearLayer,
@@ -122,6 +126,26 @@ def quantize_blocks(
             kept.save(name, block, new, number + 1, inputs)
         reports += new
     return reports
+
+
+@torch.no_grad()
+def prepare_model(model: nn.Module, method: Method, calibration: Tensor) -> None:
+    """Rewrite every block of `model` in place as `method` prepares it, and quantize nothing.
+
+    The float function stays as it is, so that another method can quantize the model then, as
+    `quantize_model(model, GPTQ(), ...)` after `prepare_model(model, AWQ(), calibration)`. `calibration`
+    `[sequences, length]` are token ids. Raises `ValueError` for a model or block that `method` cannot
+    rewrite, before any is touched.
+    """
+    if not method.rewrites_blocks:
+        raise ValueError(f"{method} rewrites no blocks: there is nothing to prepare.")
+    tokens = checked_calibration(model, calibration)
+    _check_blocks(model, {layer.name: method for layer in linear_layers(model)}, tokens)
+    inputs = BlockInputs.of_first_block(model, tokens)
+    for name, block in blocks(model):
+        with naming(f"block {name}"):
+            method.prepare(block, inputs)
+        inputs.advance(block)
 
 
 def _quantize_block(

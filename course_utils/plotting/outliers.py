@@ -10,18 +10,23 @@ from course_utils.plotting.style import COLOURS, new_figure, series_styles, styl
 
 @styled
 def codes_against_outlier(row: Tensor, outliers: list[float]) -> Figure:
-    """Histograms of the int8 codes of `row` `[n]` when its last entry is replaced by each outlier."""
-    figure, axes = new_figure(1, len(outliers), height=2.8, sharey=True)
+    """How many entries of `row` `[n]` get each int8 code, its last entry replaced by each outlier.
+
+    One bar a code, and one axis below the other: side by side, a bar would be thinner than a pixel.
+    """
+    figure, axes = new_figure(len(outliers), 1, height=1.9 * len(outliers), sharex=True)
     for axis, outlier in zip(np.atleast_1d(axes), outliers, strict=True):
         changed = row.clone()
         changed[-1] = outlier
         codes = (changed * (127 / changed.abs().max())).round()
-        axis.hist(codes.numpy(), bins=np.arange(-127.5, 128.5, 5), color=COLOURS["blue"])
+        found, entries = codes.unique(return_counts=True)
+        axis.bar(found.numpy(), entries.numpy(), width=1.0, color=COLOURS["blue"])
         used = len(codes[:-1].unique())
         axis.set_title(f"last entry {outlier:g}: {used} codes for the rest", fontsize=10)
-        axis.set_xlabel("int8 code")
         axis.set_yscale("log")
-    np.atleast_1d(axes)[0].set_ylabel("entries")
+        axis.set_ylim(bottom=0.7)  # a single entry is seen, too
+        axis.set_ylabel("entries")
+        axis.set_xlabel("int8 code")
     return figure
 
 

@@ -34,7 +34,7 @@ from course_utils.compression.methods import method_class
 from course_utils.data.tokens import calibration_tokens, evaluation_tokens
 from course_utils.evaluation import perplexity
 from course_utils.models import ModelUnavailable, load_model
-from course_utils.models.walk import linear_layers
+from course_utils.models.walk import LinearLayer, linear_layers
 from course_utils.results import record, set_context
 from course_utils.tools import CourseError
 from course_utils.tools.environments import python_of
@@ -327,13 +327,14 @@ def _quantized(model: Path, out: Path) -> PreTrainedModel:
     if not weights.is_file():
         return load_model(str(out)).model
     filled, of_layer = load_model(str(model)).model, load_file(weights)
-    layers = {layer.name: layer for layer in linear_layers(filled)}
-    if apart := layers.keys() ^ of_layer.keys():
+    modules = {name: m for name, m in filled.named_modules() if hasattr(m, "weight")}
+    layers = {layer.name for layer in linear_layers(filled)}
+    if apart := (layers - of_layer.keys()) | (of_layer.keys() - modules.keys()):
         raise CourseError(
             f"{weights} and the model differ in these layers: {', '.join(sorted(apart))}."
         )
-    for name, layer in layers.items():
-        layer.weight.copy_(of_layer[name])
+    for name, weight in of_layer.items():  # norms, too, where scales were folded into them
+        LinearLayer(name, modules[name]).weight.copy_(weight)
     return filled
 
 
