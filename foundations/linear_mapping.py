@@ -707,8 +707,8 @@ else:
     print("This profile has no dithered model; `cpu` compares it with the plain one.")
 
 # %% [markdown]
-# In the recorded run the noise costs SmolLM2 {{linear_mapping.dithered.loss:.3f}} nats per token. Every method of the course starts from the dithered model,
-# so that no comparison between methods contains this price.
+# In the recorded run the noise costs SmolLM2 {{linear_mapping.dithered.loss:.3f}} nats per token. Methods of 4 bits and fewer all start from the dithered model,
+# so no comparison between them contains this price.
 #
 # ## Why do groups help? A control
 #
