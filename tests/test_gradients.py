@@ -13,6 +13,7 @@ from course_utils.models import LinearLayer
 FEATURES, OUT, TOKENS = 64, 48, 160
 SETTINGS = {  # beside the defaults: all that treats inputs otherwise, and widths that fit this layer
     "affine": [{}, {"group_size": "row", "inputs": "per_token"}, {"group_size": "row", "inputs": "static"}],
+    "awq": [{"group_size": 32}],
     "gptq": [{"group_size": 32}],
     "llm_int8": [{}, {"threshold": 0.0}, {"outlier_weights": "original"}],
     "smoothquant": [{}, {"inputs": "static"}],
