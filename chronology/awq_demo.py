@@ -27,7 +27,7 @@
 # - compare AWQ with GPTQ and with round-to-nearest at equal bytes, with an error bar.
 #
 # It takes about 60 minutes to read and work. You need scales, zero points and groups (`linear_mapping`), and the idea that a layer's output
-# counts, not its weights (`gptq_demo`). No profile needs a GPU; `quick` takes under a minute, `cpu` under five.
+# counts, not its weights (`gptq_demo`). No profile needs a GPU; `quick` takes about a minute, `cpu` up to a quarter of an hour on one core.
 
 # %% tags=["setup"]
 # Set-up: installs the course's package where it is missing, as on Colab.
@@ -675,7 +675,7 @@ for key, other in (("nearest", "round-to-nearest"), ("gptq", "GPTQ")):
 
 # %% [markdown]
 # In the recorded run, at the same bytes, round-to-nearest loses {{awq.whole.affine.loss:.3f}} nats per token, AWQ {{awq.whole.awq.loss:.3f}} and GPTQ {{awq.whole.gptq.loss:.3f}}.
-# In pairs AWQ loses {{awq.whole.awq_less_gptq:+.2f}} ± {{awq.whole.awq_less_gptq_error:.2f}} nats against GPTQ: on a model with large inputs, protecting them is worth more than
+# The paired difference, AWQ less GPTQ, is {{awq.whole.awq_less_gptq:+.2f}} ± {{awq.whole.awq_less_gptq_error:.2f}} nats: on a model with large inputs, protecting them is worth more than
 # making errors cancel. The errors are over documents; the calibration is one text here. Six texts follow on the small model.
 #
 # What do the models of this notebook write?
@@ -685,8 +685,8 @@ speakers = {"float": model, "all rounded": story["all rounded"], **models}
 print(continuations(speakers, tokenizer, prompt_of(name)))
 
 # %% [markdown]
-# All three write English words, and none of them still says what the float model says: rounding everything and AWQ soon repeat themselves. Three bits are few for a model of this size. One text proves
-# nothing, but it shows what such losses do to a language.
+# None of the three still says what the float model says, and all of them repeat themselves. Three bits are few for a model of this size. One text proves nothing, but it shows what such losses do
+# to a language.
 #
 # ## Controls
 #
@@ -817,7 +817,7 @@ for key, label, other in (
 # random tokens they lose {{awq.controls.noise_less_scales:.3f}} ± {{awq.controls.noise_less_scales_error:.3f}} more than those of the right text. A ratio of 0.5 everywhere wins {{awq.controls.fixed.gain:+.3f}} ±
 # {{awq.controls.fixed.gain_error:.3f}}, so less than nothing: the search is needed.
 #
-# AWQ and GPTQ are not distinguished here: AWQ loses {{awq.controls.awq_less_gptq:+.3f}} ± {{awq.controls.awq_less_gptq_error:.3f}} nats more. Nor does folding AWQ's scales before GPTQ change what GPTQ
+# AWQ and GPTQ are not distinguished here: AWQ less GPTQ is {{awq.controls.awq_less_gptq:+.3f}} ± {{awq.controls.awq_less_gptq_error:.3f}} nats. Nor does folding AWQ's scales before GPTQ change what GPTQ
 # loses: {{awq.controls.both_less_gptq:+.3f}} ± {{awq.controls.both_less_gptq_error:.3f}}.
 #
 # ## From 8 bits to 2
