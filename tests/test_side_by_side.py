@@ -39,7 +39,13 @@ def start(notebook: Notebook, *arguments: str, **variables: str) -> subprocess.P
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=None if sys.platform == "win32" else hear_ctrl_c,
     )
+
+
+def hear_ctrl_c() -> None:
+    """A shell's background jobs ignore it, and so would what they start: the suite waited for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(notebook: Notebook, *arguments: str, **variables: str) -> tuple[int, str, str]:
