@@ -14,7 +14,13 @@ import pytest
 from conftest import script
 from course_utils.tools.environments import cores
 from course_utils.tools.notebooks.pairs import Notebook
-from course_utils.tools.notebooks.side_by_side import LIMITS, Took, default_jobs, write_report
+from course_utils.tools.notebooks.side_by_side import (
+    LIMITS,
+    Took,
+    default_jobs,
+    side_by_side,
+    write_report,
+)
 
 
 @pytest.fixture
@@ -179,3 +185,18 @@ def test_limits_are_those_of_the_profiles():
 def test_one_core_runs_one_notebook(monkeypatch):
     monkeypatch.setattr("course_utils.tools.notebooks.side_by_side.cores", lambda: 1)
     assert default_jobs() == 1
+
+
+def noted() -> list[str]:
+    return ["cell 3: a", "cell 4: b", "cell 5: c"]
+
+
+def test_notes_of_many_notebooks_are_a_line_each(capsys):
+    """`make course` ended in 76 lines on models that its profile leaves out."""
+    side_by_side({"pruning/one": noted, "pruning/two": noted}, 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "cell" in line] == [
+        "  cell 3: a (2 more like it: run this notebook alone to see them)"
+    ] * 2
+    side_by_side({"pruning/one": noted}, 1)
+    assert sum("cell" in line for line in capsys.readouterr().out.splitlines()) == 3

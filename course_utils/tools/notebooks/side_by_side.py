@@ -153,11 +153,18 @@ def _call_all(
                 ) from error
             else:
                 console.print(f"{place} {name}: {took[name].seconds:.0f} s", markup=False)
-                for note in took[name].notes:
+                for note in _shown(took[name].notes, alone=len(tasks) == 1):
                     console.print(f"  {note}", markup=False)
     if failures:
         raise CourseError("\n".join(failures))
     return took
+
+
+def _shown(notes: list[str], *, alone: bool) -> list[str]:
+    """What to print of a notebook's notes: all where it runs `alone`, else the first, and their number."""
+    if alone or len(notes) < 2:
+        return notes
+    return [f"{notes[0]} ({len(notes) - 1} more like it: run this notebook alone to see them)"]
 
 
 def _take_threads(number: int) -> None:
