@@ -73,9 +73,9 @@ class NF4Weight(QuantizedWeight):
     block_size: int
 
     def __post_init__(self):
-        parts = self.absmax, self.nested_absmax, self.offset
-        if any(part is None for part in (self.codes, self.absmax)):
+        if self.codes is None or self.absmax is None:
             return  # without its tensors: they are the buffers of a layer
+        parts = self.absmax, self.nested_absmax, self.offset
         nested = self.absmax.dtype == torch.uint8
         if nested != (self.nested_absmax is not None) or nested != (self.offset is not None):
             raise ValueError(
