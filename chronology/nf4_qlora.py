@@ -24,7 +24,7 @@
 # - train adapters over a model that is packed in 4 bits, as QLoRA does [@dettmers2023qlora], and show that no decoded weight is kept;
 # - say from measured bytes what full fine-tuning, LoRA and QLoRA each hold in memory;
 # - compare what the three gain on a new text and lose on the old one, with error bars;
-# - explain why an adapter that is merged into 4 bits mostly disappears, and what to do instead.
+# - explain which part of an adapter disappears when it is merged into 4 bits, and what to do instead.
 #
 # It takes about 60 minutes to read and work. You need NF4 (`nf4_demo`), gradients of a matrix product, and AdamW by name. No profile needs a GPU; `quick` runs in
 # about a minute of CPU time, `cpu` in about four.
@@ -95,9 +95,10 @@ from course_utils.finetuning.lora import (
 )
 from course_utils.finetuning.memory import SavedBytes, training_memory
 from course_utils.grids.codebook import NF4 as LEVELS
-from course_utils.models import load_model
+from course_utils.models import linear_layers, load_model
 from course_utils.plotting import table, training_curves
 from course_utils.plotting.finetuning import (
+    kept_against_scale,
     low_rank_update,
     memory_bars,
     updates_in_half_steps,
@@ -206,7 +207,9 @@ rows = []
 for name, ours, of_float in zip("ABx", (layer.A, layer.B, x), leaves, strict=True):
     assert torch.allclose(by_formula[name], of_float.grad, rtol=1e-12, atol=1e-12)
     error = (ours.grad - of_float.grad).abs().max().item()
-    rows.append({"gradient of": name, "largest": ours.grad.abs().max().item(), "error": error})
+    rows.append(
+        {"gradient of": name, "largest": ours.grad.abs().max().item(), "error": error}
+    )
     assert error < 1e-11
 table(rows, {"largest": ".2f", "error": ".0e"})
 
@@ -220,7 +223,10 @@ float_base.weight.data.copy_(packed.dequantize())
 x = torch.randn(32, 128, generator=draw).requires_grad_()
 ways = {
     "float weight, frozen": (float_base, float_base),
-    "packed, decoded in the forward pass": (layer, lambda x: F.linear(x, packed.dequantize())),
+    "packed, decoded in the forward pass": (
+        layer,
+        lambda x: F.linear(x, packed.dequantize()),
+    ),
     "packed, decoded again in the backward pass": (layer, layer.base),
 }
 rows = []
@@ -246,7 +252,9 @@ assert kept == [0, 4 * 96 * 128, 0]
 
 # %%
 name = profile.models[0]
-float_model, tokenizer = load_model(name, device=profile.device)  # float32: it is trained
+float_model, tokenizer = load_model(
+    name, device=profile.device
+)  # float32: it is trained
 context, batch_size = 128, profile.pick(quick=2, cpu=4)
 
 
@@ -261,11 +269,15 @@ print("\n".join(figures("evaluation")[0].text.splitlines()[12:18]))
 protocol = profile.protocol(float_model)  # on prose, as in all notebooks
 prose = protocol.text(tokenizer)
 shares = [tokens_of(d, protocol.tokens // 15) for d in figures("evaluation")]
-places = torch.arange(len(shares)).repeat_interleave(torch.tensor([len(s) for s in shares]))
+places = torch.arange(len(shares)).repeat_interleave(
+    torch.tensor([len(s) for s in shares])
+)
 new_text = Text(torch.cat(shares), protocol.window, places)
 texts = {"figures": new_text, "prose": prose}
 stream = torch.cat([tokens_of(document) for document in figures("train")[::8]])
-print(f"{len(stream):,} tokens to train on; to evaluate: {len(new_text.tokens):,} of figures")
+print(
+    f"{len(stream):,} tokens to train on; to evaluate: {len(new_text.tokens):,} of figures"
+)
 
 # %% [markdown]
 # ## Memory, counted
@@ -291,9 +303,13 @@ def memory_of(model, batch):
     return found
 
 
-batches = TrainingBatches(stream, context=context, batch_size=batch_size, seed=profile.seed)
+batches = TrainingBatches(
+    stream, context=context, batch_size=batch_size, seed=profile.seed
+)
 memory = {name: memory_of(copy.deepcopy(float_model), batches(0).to(profile.device))}
-larger = [other for other in profile.models if other != name]  # SmolLM2 in the profile cpu
+larger = [
+    other for other in profile.models if other != name
+]  # SmolLM2 in the profile cpu
 for other, loaded in profile.load_models().items() if larger else ():
     if other != name:
         ids = loaded.tokenizer(figures("train")[0].text, verbose=False).input_ids[:129]
@@ -301,7 +317,9 @@ for other, loaded in profile.load_models().items() if larger else ():
 
 
 # %%
-figure = memory_bars({of: {way: vars(m) for way, m in ways.items()} for of, ways in memory.items()})
+figure = memory_bars(
+    {of: {way: vars(m) for way, m in ways.items()} for of, ways in memory.items()}
+)
 plt.show()
 
 # %% [markdown]
@@ -309,7 +327,9 @@ plt.show()
 
 # %%
 rows = [
-    {"model": of, "way": way} | {p: v / 1e6 for p, v in vars(m).items()} | {"total": m.total / 1e6}
+    {"model": of, "way": way}
+    | {p: v / 1e6 for p, v in vars(m).items()}
+    | {"total": m.total / 1e6}
     for of, ways in memory.items()
     for way, m in ways.items()
 ]
@@ -344,7 +364,7 @@ for of, ways in memory.items():
 # adapters, were the best of three for each, tried beforehand on the countries of the calibration split.
 
 # %%
-steps = profile.pick(quick=12, cpu=40)
+steps = profile.pick(quick=10, cpu=40)
 packed_model = copy.deepcopy(float_model)
 report = quantize_model(packed_model, method)
 print(str(report).splitlines()[0])
@@ -356,7 +376,9 @@ def fine_tune(model, lr, seed=profile.seed):
     config = TrainConfig(steps, lr, warmup=steps // 10, decay=decay, weight_decay=0.0,
                          betas=(0.9, 0.999), eval_every=every)  # fmt: skip
     batches = TrainingBatches(stream, context=context, batch_size=batch_size, seed=seed)
-    curve = train(model, lambda step: batches(step).to(profile.device), config, progress=False)
+    curve = train(
+        model, lambda step: batches(step).to(profile.device), config, progress=False
+    )
     return [row["step"] for row in curve], [row["loss"] for row in curve]
 
 
@@ -382,7 +404,9 @@ plt.show()
 
 # %%
 before = {"NF4, untrained": packed_model}
-found = {n: compare_all(before | models, float_model, text) for n, text in texts.items()}
+found = {
+    n: compare_all(before | models, float_model, text) for n, text in texts.items()
+}
 
 
 def shown(estimate):
@@ -394,14 +418,18 @@ rows = [{"model": "float, untrained"}] + [{"model": way} for way in found["prose
 for text, of_text in found.items():
     rows[0][f"{text}: nats"] = next(iter(of_text.values())).reference.nats
     for row, of_way in zip(rows[1:], of_text.values(), strict=True):
-        row |= {f"{text}: nats": of_way.perplexity.nats, f"{text}: change": shown(of_way.loss)}
+        row |= {
+            f"{text}: nats": of_way.perplexity.nats,
+            f"{text}: change": shown(of_way.loss),
+        }
 table(rows, {"figures: nats": ".3f", "prose: nats": ".3f"}).fillna("")
 
 
 # %%
 pairs = {"QLoRA less LoRA": ("QLoRA", "LoRA"), "LoRA less full": ("LoRA", "full")}
 rows = [
-    {"difference": label} | {t: format_difference(difference(f[a], f[b])) for t, f in found.items()}
+    {"difference": label}
+    | {t: format_difference(difference(f[a], f[b])) for t, f in found.items()}
     for label, (a, b) in pairs.items()
 ]
 table(rows)
@@ -419,8 +447,12 @@ for text, of_text in found.items():
     for way, of_way in of_text.items():
         key = f"qlora.{text}.{way.lower().replace(', ', '_')}"
         record_estimate(f"{key}.change", of_way.loss)
-        record(f"{key}.nats", of_way.perplexity.nats, "nats", 0.05, model=name, steps=steps)
-        record(f"qlora.{text}.float.nats", of_way.reference.nats, "nats", 0.01, model=name)
+        record(
+            f"{key}.nats", of_way.perplexity.nats, "nats", 0.05, model=name, steps=steps
+        )
+        record(
+            f"qlora.{text}.float.nats", of_way.reference.nats, "nats", 0.01, model=name
+        )
     for label, (a, b) in pairs.items():
         key = f"qlora.{text}.{label.lower().replace(' ', '_')}"
         record_estimate(key, difference(of_text[a], of_text[b]))
@@ -440,10 +472,14 @@ for text, of_text in found.items():
 
 # %%
 variants = {
-    "rank 1": {"rank": 1, "alpha": 2.0},
-    "rank 4": {"rank": 4, "alpha": 8.0},
-    "rank 16, alpha / r = 0.25": {"rank": 16, "alpha": 4.0},
-    "rank 16, another seed": {"rank": 16, "alpha": 32.0, "seed": profile.seed + 1},
+    "rank 1, alpha 32": {"rank": 1, "alpha": 32.0},
+    "rank 4, alpha 32": {"rank": 4, "alpha": 32.0},
+    "rank 16, alpha 4": {"rank": 16, "alpha": 4.0},
+    "rank 16, alpha 32, another seed": {
+        "rank": 16,
+        "alpha": 32.0,
+        "seed": profile.seed + 1,
+    },
 }
 varied = {}
 for label, settings in variants.items():
@@ -455,7 +491,7 @@ of_variants = {n: compare_all(varied, float_model, text) for n, text in texts.it
 
 
 # %%
-main = {"rank 16, alpha / r = 2 (as above)": "QLoRA"}
+main = {"rank 16, alpha 32 (as above)": "QLoRA"}
 rows = []
 for label in [*main, *variants]:
     model = models["QLoRA"] if label in main else varied[label]
@@ -465,7 +501,10 @@ for label in [*main, *variants]:
         of_main = found[text]["QLoRA"]
         of_label = of_main if label in main else of_variants[text][label]
         less = "" if label in main else shown(difference(of_label, of_main))
-        rows[-1] |= {f"{text}: change": of_label.loss.value, f"{text}: less the first": less}
+        rows[-1] |= {
+            f"{text}: change": of_label.loss.value,
+            f"{text}: less the first": less,
+        }
 table(rows, {"trained": ",", "figures: change": "+.3f", "prose: change": "+.3f"})
 
 # %% tags=["folded"]
@@ -500,13 +539,19 @@ fine_tune(trained_two, lr=3e-3)
 both = {"before": two_bits, "after": trained_two}
 of_two = compare_all(both, float_model, new_text)
 costs = {
-    "NF4": (found["figures"]["NF4, untrained"].loss, "QLoRA", found["figures"]["QLoRA"]),
+    "NF4": (
+        found["figures"]["NF4, untrained"].loss,
+        "QLoRA",
+        found["figures"]["QLoRA"],
+    ),
     "2 bits": (of_two["before"].loss, "2 bits", of_two["after"]),
 }
 rows = []
 for label, (cost, _, after) in costs.items():
     left = difference(after, found["figures"]["LoRA"])
-    rows.append({"base": label, "before training": shown(cost), "after training": shown(left)})
+    rows.append(
+        {"base": label, "before training": shown(cost), "after training": shown(left)}
+    )
 table(rows)
 
 # %% tags=["folded"]
@@ -532,8 +577,12 @@ again = copy.deepcopy(packed_model)
 load_adapters(again, path)
 with torch.no_grad():
     ids = new_text.tokens[None, :64].to(profile.device)
-    assert torch.equal(again(input_ids=ids).logits, models["QLoRA"](input_ids=ids).logits)
-print(f"adapter {path.stat().st_size:,} bytes, packed model {tensor_bytes(packed_model):,}")
+    assert torch.equal(
+        again(input_ids=ids).logits, models["QLoRA"](input_ids=ids).logits
+    )
+print(
+    f"adapter {path.stat().st_size:,} bytes, packed model {tensor_bytes(packed_model):,}"
+)
 try:
     load_adapters(copy.deepcopy(float_model), path)
 except ValueError as error:
@@ -553,24 +602,35 @@ except ValueError as error:
 # A second way starts from the float weights from before NF4. There $w$ lies anywhere between two points. An update of a tenth of a step then carries about one weight in ten over the middle. Few codes change, but
 # on average the right amount. One needs the original weights for that.
 
+
 # %%
-qlora = models["QLoRA"]
-deltas = {n: layer.update() for n, layer in adapters(qlora).items()}
-merged = {"beside the packed base": qlora}
-for label, requantize in (("into float", False), ("into NF4 again", True)):
-    merged[label] = copy.deepcopy(qlora)
-    reports = merge_adapters(merged[label], requantize=requantize)
-onto_float = copy.deepcopy(float_model)
-load_adapters(onto_float, path, other_base=True)
-merge_adapters(onto_float)
-merged["onto the float weights"] = onto_float
-merged["onto the float weights, then NF4"] = copy.deepcopy(onto_float)
-quantize_model(merged["onto the float weights, then NF4"], method)
-nothing = copy.deepcopy(qlora)  # the control: rounded again without an update
+def merged_ways(adapted):
+    """The model `adapted` (adapters over the NF4 base), and what merging makes of it."""
+    found = {"beside the base": adapted}
+    for label, requantize in (("into float", False), ("into NF4 again", True)):
+        found[label] = copy.deepcopy(adapted)
+        merge_adapters(found[label], requantize=requantize)
+    save_adapters(adapted, path)
+    onto_float = copy.deepcopy(float_model)
+    load_adapters(onto_float, path, other_base=True)
+    merge_adapters(onto_float)
+    found["onto the float weights"] = onto_float
+    found["onto the float weights, then NF4"] = copy.deepcopy(onto_float)
+    quantize_model(found["onto the float weights, then NF4"], method)
+    return found
+
+
+adapted = {"32": models["QLoRA"], "4": varied["rank 16, alpha 4"]}
+merged = {
+    (size, way): model
+    for size, m in adapted.items()
+    for way, model in merged_ways(m).items()
+}
+nothing = copy.deepcopy(models["QLoRA"])  # the control: rounded again without an update
 for layer in adapters(nothing).values():
     layer.B.data.zero_()
 merge_adapters(nothing, requantize=True)
-merged["nothing, into NF4 again"] = nothing
+merged["none", "into NF4 again"] = nothing
 
 
 # %%
@@ -580,93 +640,174 @@ def packed_layers(model):
     return {n: m.quantized_weight for n, m in modules if isinstance(m, QuantizedLinear)}
 
 
-def kept(model, start):
-    """Share of the update that `model` has on top of the packed model `start`, and of changed codes."""
-    dots = sizes = changed = 0
-    old, new = packed_layers(start), packed_layers(model)
-    for n, delta in deltas.items():
-        difference = new[n].dequantize() - old[n].dequantize()
-        dots, sizes = dots + (difference * delta).sum(), sizes + delta.square().sum()
-        changed += (new[n].integer_codes() != old[n].integer_codes()).sum()
-    return (dots / sizes).item(), changed.item() / sum(d.numel() for d in deltas.values())
+deltas = {
+    size: {n: a.update() for n, a in adapters(m).items()} for size, m in adapted.items()
+}
+start = packed_layers(packed_model)
+
+
+def against_base(model, updates):
+    """Share of the codes that differ from the packed base's, and share of the updates kept."""
+    dots = sizes = changed = total = 0
+    for n, new in packed_layers(model).items():
+        change = new.dequantize() - start[n].dequantize()
+        changed += (new.integer_codes() != start[n].integer_codes()).sum().item()
+        total += change.numel()
+        if updates:
+            dots += (change * updates[n]).sum().item()
+            sizes += updates[n].square().sum().item()
+    return changed / total, dots / sizes if updates else None
 
 
 # %%
-of_merged = compare_all(merged, float_model, new_text)
+of_merged = compare_all({str(k): m for k, m in merged.items()}, float_model, new_text)
 rows = []
-for label, of_label in of_merged.items():
-    less = difference(of_label, of_merged["beside the packed base"])
-    rows.append({"merged": label, "MB": tensor_bytes(merged[label]) / 1e6})
-    rows[-1] |= {"figures: change": of_label.loss.value, "less beside": shown(less)}
-    if "NF4" in label:
-        share, changed = kept(merged[label], packed_model)
-        rows[-1] |= {"codes changed": changed, "update kept": None if "nothing" in label else share}
-formats = {"MB": ".1f", "figures: change": "+.3f", "codes changed": ".1%", "update kept": ".0%"}
-table(rows, formats)
+for (size, way), model in merged.items():
+    of_way = of_merged[str((size, way))]
+    of_beside = of_merged[str(("4" if size == "4" else "32", "beside the base"))]
+    rows.append({"alpha": size, "merged": way, "MB": tensor_bytes(model) / 1e6})
+    rows[-1] |= {
+        "figures: change": of_way.loss.value,
+        "codes changed": None,
+        "kept": None,
+    }
+    if "NF4" in way:
+        rows[-1]["codes changed"], rows[-1]["kept"] = against_base(
+            model, deltas.get(size)
+        )
+    rows[-1]["less beside"] = difference(of_way, of_beside)
+formats = {
+    "MB": ".1f",
+    "figures: change": "+.3f",
+    "codes changed": ".1%",
+    "kept": ".0%",
+}
+table([r | {"less beside": shown(r["less beside"])} for r in rows], formats)
 
 # %% tags=["folded"]
 # Record the merges.
-keys = ("beside", "float", "again", "onto_float", "onto_float_nf4", "nothing")
-for key, row, of_label in zip(keys, rows, of_merged.values(), strict=True):
-    record_estimate(f"qlora.merge.{key}.change", of_label.loss)
-    less = difference(of_label, of_merged["beside the packed base"])
-    record_estimate(f"qlora.merge.{key}.less_beside", less)
-    record(f"qlora.merge.{key}.megabytes", row["MB"], "MB", 0.01, model=name)
-    if row.get("codes changed") is not None:
-        record(f"qlora.merge.{key}.changed", row["codes changed"], "", 0.02, model=name)
-    if row.get("update kept") is not None:
-        record(f"qlora.merge.{key}.kept", row["update kept"], "", 0.05, model=name)
+ways = ("beside", "float", "again", "onto_float", "onto_float_nf4")
+for row, way in zip(rows, (*ways, *ways, "nothing"), strict=True):
+    key = (
+        f"qlora.merge.{way}"
+        if way == "nothing"
+        else f"qlora.merge.alpha{row['alpha']}.{way}"
+    )
+    record(
+        f"{key}.change", row["figures: change"], "nats", 0.05, model=name, steps=steps
+    )
+    record_estimate(f"{key}.less_beside", row["less beside"])
+    record(f"{key}.megabytes", row["MB"], "MB", 0.01, model=name)
+    for part, short in (("codes changed", "changed"), ("kept", "kept")):
+        if row[part] is not None:
+            record(f"{key}.{short}", row[part], "", 0.05, model=name, steps=steps)
 
 # %% [markdown]
-# In the recorded run merging into float changes the loss by {{qlora.merge.float.less_beside:+.4f}} nats: nothing but rounding. Merging into NF4 again keeps {{qlora.merge.again.kept:.0%}} of the update, as
-# {{qlora.merge.again.changed:.1%}} of the codes change, and gives back {{qlora.merge.again.less_beside:.2f}} ± {{qlora.merge.again.less_beside_error:.2f}} nats. From the float weights
-# {{qlora.merge.onto_float_nf4.changed:.1%}} of the codes change. That keeps {{qlora.merge.onto_float_nf4.kept:.0%}} of the update, and the loss is {{qlora.merge.onto_float_nf4.less_beside:+.3f}} ±
-# {{qlora.merge.onto_float_nf4.less_beside_error:.3f}} from that beside the base, at the bytes of NF4.
+# *Kept* is the part of the update that arrived: the change of the decoded weights, projected on the update. The control shows that rounding without an update changes no code.
 #
-# Now the mechanism itself. We measure each update in half steps of its weight's own grid, in the direction in which it points.
+# In the recorded run merging into float changes the loss by {{qlora.merge.alpha32.float.less_beside:+.4f}} nats: nothing but rounding. Merging into NF4 again keeps
+# {{qlora.merge.alpha32.again.kept:.0%}} of the update of $\alpha = 32$, as {{qlora.merge.alpha32.again.changed:.1%}} of the codes change, and gives back
+# {{qlora.merge.alpha32.again.less_beside:.3f}} ± {{qlora.merge.alpha32.again.less_beside_error:.3f}} nats. Of the smaller update of $\alpha = 4$ it keeps {{qlora.merge.alpha4.again.kept:.0%}}.
+#
+# From the float weights {{qlora.merge.alpha32.onto_float_nf4.changed:.1%}} of the codes change. That keeps {{qlora.merge.alpha32.onto_float_nf4.kept:.0%}} of the larger update and
+# {{qlora.merge.alpha4.onto_float_nf4.kept:.0%}} of the smaller. The loss is {{qlora.merge.alpha32.onto_float_nf4.less_beside:+.3f}} ± {{qlora.merge.alpha32.onto_float_nf4.less_beside_error:.3f}} and
+# {{qlora.merge.alpha4.onto_float_nf4.less_beside:+.3f}} ± {{qlora.merge.alpha4.onto_float_nf4.less_beside_error:.3f}} from that beside the base, at the bytes of NF4.
+#
+# Now the mechanism itself. We measure each update of $\alpha = 32$ in half steps of its weight's own grid, in the direction in which it points.
 
 
 # %%
 def in_half_steps(weight, update):
     """|update| over half the gap to the next level `[out, in]`; 0 where there is none."""
-    codes = weight.integer_codes().long().cpu()
-    up = torch.cat([LEVELS.diff(), torch.tensor([torch.inf])])[codes]
-    down = torch.cat([torch.tensor([torch.inf]), LEVELS.diff()])[codes]
+    codes, update = weight.integer_codes().long().cpu(), update.cpu()
+    end = torch.tensor([torch.inf])
+    up, down = (
+        torch.cat([LEVELS.diff(), end])[codes],
+        torch.cat([end, LEVELS.diff()])[codes],
+    )
     absmax = weight.block_absmax().repeat_interleave(weight.block_size).cpu()
     absmax = absmax[: codes.numel()].view(codes.shape)
-    update = update.cpu()
     return update.abs() / (torch.where(update > 0, up, down) / 2 * absmax)
 
 
-start = packed_layers(packed_model)
-ratio = torch.cat([in_half_steps(start[n], d).flatten() for n, d in deltas.items()])
+ratio = torch.cat(
+    [in_half_steps(start[n], d).flatten() for n, d in deltas["32"].items()]
+)
 changed = {}
-for label, key in {
+for label, way in {
     "from the grid's points": "into NF4 again",
     "from the float weights": "onto the float weights, then NF4",
 }.items():
-    ends = packed_layers(merged[key])
-    moved = [(ends[n].integer_codes() != start[n].integer_codes()).flatten() for n in deltas]
+    ends = packed_layers(merged["32", way])
+    moved = [
+        (ends[n].integer_codes() != start[n].integer_codes()).flatten() for n in ends
+    ]
     changed[label] = torch.cat(moved).cpu()
 figure = updates_in_half_steps(ratio, changed)
 plt.show()
-below = (ratio < 1).float().mean().item()
-record("qlora.merge.below_half", below, "", 0.02, model=name)
-record("qlora.merge.median_ratio", ratio.median().item(), "", 0.05, model=name)
 
 # %% [markdown]
-# *Figure: on the left, a histogram of the updates in half steps, with a dashed line at 1. On the right, the share of codes that change against the same ratio: almost a stair when one starts on the grid's
+# *Figure: on the left, a histogram of the updates in half steps, with a dashed line at 1. On the right, the share of codes that change against the same ratio: a stair when one starts on the grid's
 # points, and a ramp from the float weights.*
 #
-# In the recorded run {{qlora.merge.below_half:.0%}} of the updates are below half a step, and the median is {{qlora.merge.median_ratio:.2f}} of it. From the grid's points they change next to no code. From the
-# float weights the share of changed codes rises with the update, so small updates count as well. (The stair is not sharp because a block whose largest weight moved gets another absmax.)
+# From the grid's points an update below half a step changes no code, and one above it nearly always does. From the float weights the share rises with the update, so small updates count too. How much is
+# lost therefore depends on the size of the update. We scale the trained update of the first block up and down, and round each time.
+
+
+# %%
+def kept_at(scale, from_grid):
+    """Share kept of `scale` times the updates of the first block."""
+    dots = sizes = 0
+    for n, layer in first_block.items():
+        update = scale * deltas["32"][n]
+        weight = start[n].dequantize() if from_grid else layer.weight
+        change = method.quantize(weight + update).dequantize() - start[n].dequantize()
+        dots, sizes = dots + (change * update).sum(), sizes + update.square().sum()
+    return (dots / sizes).item()
+
+
+layers = linear_layers(float_model)
+first_block = {layer.name: layer for layer in layers[: len(layers) // 4]}
+scales = [2.0**i for i in range(-5, 2)]
+by_scale = {
+    label: (scales, [kept_at(scale, from_grid) for scale in scales])
+    for label, from_grid in (
+        ("from the grid's points", True),
+        ("from the float weights", False),
+    )
+}
+figure = kept_against_scale(
+    by_scale, xlabel="size of the update, times the trained one"
+)
+plt.show()
+
+# %% tags=["folded"]
+# Record the sizes of the updates, and what is kept of them.
+below = (ratio < 1).float().mean().item()
+record("qlora.merge.below_half", below, "", 0.03, model=name, steps=steps)
+record(
+    "qlora.merge.median_ratio", ratio.median().item(), "", 0.05, model=name, steps=steps
+)
+for key, (_, shares) in zip(("grid", "float"), by_scale.values(), strict=True):
+    record(f"qlora.merge.eighth.{key}", shares[2], "", 0.05, model=name, steps=steps)
+
+# %% [markdown]
+# *Figure: the share of the update that is kept, against its size from 1/32 to 2 times the trained one. The line from the float weights stays near 1; that from the grid's points falls towards 0.*
+#
+# In the recorded run {{qlora.merge.below_half:.0%}} of the trained updates are below half a step, and the median is {{qlora.merge.median_ratio:.2f}} of it. Rounding from the grid's points lives off the few
+# large ones. Of an eighth of the update it keeps {{qlora.merge.eighth.grid:.0%}}, and from the float weights {{qlora.merge.eighth.float:.0%}}. Our learning rate is high and our model small. A careful
+# fine-tuning of a large model makes small updates, and merging into 4 bits again would lose most of them.
 #
 # ## What the model writes
 
 # %%
-speaking = {"float, untrained": float_model, "QLoRA": qlora}
-speaking["merged into NF4 again"] = merged["into NF4 again"]
-speaking["onto float, then NF4"] = merged["onto the float weights, then NF4"]
+speaking = {
+    "float, untrained": float_model,
+    "full": models["full"],
+    "QLoRA": models["QLoRA"],
+}
+speaking["alpha 4"] = adapted["4"]
+speaking["alpha 4, into NF4 again"] = merged["4", "into NF4 again"]
 print(continuations(speaking, tokenizer, "Population:", new_tokens=32))
 
 # %% [markdown]
@@ -702,7 +843,8 @@ print(continuations(speaking, tokenizer, "Population:", new_tokens=32))
 #   {{qlora.memory.smollm2-135m-q4_1.qlora.steady:,.0f}} MB with QLoRA in the recorded run. The activations stayed.
 # - **Gain and forgetting.** On figures the loss changed by {{qlora.figures.full.change:.2f}}, {{qlora.figures.lora.change:.2f}} and {{qlora.figures.qlora.change:.2f}} nats. On prose it rose by
 #   {{qlora.prose.full.change:.2f}}, {{qlora.prose.lora.change:.2f}} and {{qlora.prose.qlora.change:.2f}}.
-# - **Merging.** Into NF4 again {{qlora.merge.again.kept:.0%}} of the update stayed; from the float weights {{qlora.merge.onto_float_nf4.kept:.0%}}. The reason is the half step.
+# - **Merging.** Into NF4 again {{qlora.merge.alpha32.again.kept:.0%}} of the larger and {{qlora.merge.alpha4.again.kept:.0%}} of the smaller update stayed. From the float weights it was
+#   {{qlora.merge.alpha32.onto_float_nf4.kept:.0%}} and {{qlora.merge.alpha4.onto_float_nf4.kept:.0%}}. The reason is the half step.
 #
 # ## Limits
 #
@@ -739,13 +881,21 @@ def adapter_bytes(shapes, rank, bits_per_weight):
 
 
 # %% tags=["exercise-tests"]
-assert adapter_bytes([(4, 4)], 1, 4) != 64 + 8 * 16, "4 bits are half a byte: divide by 8"
+assert adapter_bytes([(4, 4)], 1, 4) != 64 + 8 * 16, (
+    "4 bits are half a byte: divide by 8"
+)
 found = adapter_bytes([(4, 4)], 1, 4)
 assert found != 8 + 16 * 16, "the base is frozen: it has no gradient and no states"
-assert found != 8 + 8 * 4 and found != 8 + 8 * 8, "a gradient and two means as well: 16 bytes"
+assert found != 8 + 8 * 4 and found != 8 + 8 * 8, (
+    "a gradient and two means as well: 16 bytes"
+)
 assert found == 136, "8 for the base, and 8 trained numbers of 16 bytes"
-assert adapter_bytes([(8, 2)], 1, 4) == 8 + 10 * 16, "out + in numbers a rank, not 2 * in"
-assert adapter_bytes([(4, 4)], 3, 4) == 8 + 24 * 16, "rank r has r times as many numbers"
+assert adapter_bytes([(8, 2)], 1, 4) == 8 + 10 * 16, (
+    "out + in numbers a rank, not 2 * in"
+)
+assert adapter_bytes([(4, 4)], 3, 4) == 8 + 24 * 16, (
+    "rank r has r times as many numbers"
+)
 print(f"{adapter_bytes([(768, 256)] * 4, 16, 4.127) / 1e6:.2f} MB")
 ### BEGIN HIDDEN TESTS
 assert adapter_bytes([(4, 4), (8, 2)], 2, 2) == 8 + 2 * 18 * 16
@@ -770,7 +920,11 @@ def lora_backward(G, x, A, B, scaling, decode):
     """
     ### BEGIN SOLUTION
     GB = G @ B
-    return scaling * GB.T @ x, scaling * G.T @ (x @ A.T), G @ decode() + scaling * GB @ A
+    return (
+        scaling * GB.T @ x,
+        scaling * G.T @ (x @ A.T),
+        G @ decode() + scaling * GB @ A,
+    )
     ### END SOLUTION
 
 
@@ -784,15 +938,21 @@ def whole(*shape):
 
 g, inputs, a, b, w = whole(5, 3), whole(5, 4), whole(2, 4), whole(3, 2), whole(3, 4)
 of_a, of_b, of_x = lora_backward(g, inputs, a, b, 0.5, lambda: w)
-assert of_a.shape == a.shape and of_b.shape == b.shape, "gradients have their tensor's shape"
+assert of_a.shape == a.shape and of_b.shape == b.shape, (
+    "gradients have their tensor's shape"
+)
 assert not torch.equal(of_x, g @ w), "x also acts through A and B: a second term"
 assert not torch.equal(of_x, 0.5 * g @ b @ a), "x also acts through W: decode it"
-assert not torch.equal(of_x, g @ w + g @ b @ a), "x: the scaling is missing in the second term"
+assert not torch.equal(of_x, g @ w + g @ b @ a), (
+    "x: the scaling is missing in the second term"
+)
 assert torch.equal(of_x, g @ w + 0.5 * g @ b @ a)
 assert not torch.equal(of_b, g.T @ (inputs @ a.T)), "B: the scaling is missing"
 assert not torch.equal(of_a, (g @ b).T @ inputs), "A: the scaling is missing"
 zero = lora_backward(g, inputs, a, 0 * b, 0.5, lambda: w)
-assert not zero[0].any() and torch.equal(zero[2], g @ w), "with B = 0 only B has a gradient"
+assert not zero[0].any() and torch.equal(zero[2], g @ w), (
+    "with B = 0 only B has a gradient"
+)
 print("largest gradients:", [t.abs().max().item() for t in (of_a, of_b, of_x)])
 ### BEGIN HIDDEN TESTS
 ones = [t.clone().requires_grad_() for t in (a, b, inputs)]

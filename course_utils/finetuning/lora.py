@@ -157,7 +157,7 @@ def base_digest(model: nn.Module) -> str:
 
 
 def save_adapters(model: nn.Module, path: Path | str) -> None:
-    """Write A and B of every adapted layer to the safetensors file `path`, with rank, alpha and the base's hash.
+    """Write A and B of every adapted layer to the safetensors file `path`, with rank, alpha, base.
 
     Raises `ValueError` if the model has no adapters.
     """
@@ -184,8 +184,8 @@ def load_adapters(model: nn.Module, path: Path | str, *, other_base: bool = Fals
     tensors, settings, base = _read(Path(path))
     if not other_base and (here := base_digest(model)) != base:
         raise ValueError(
-            f"{path} was trained on another base: its hash is {base[:12]}, this model's {here[:12]}. Load the "
-            "base that it was trained on, quantized in the same way, or say other_base=True."
+            f"{path} was trained on another base: its hash is {base[:12]}, this model's {here[:12]}. Load "
+            "the base that it was trained on, quantized in the same way, or say other_base=True."
         )
     present = adapters(model)
     bases = {n: m.base for n, m in present.items()} or _linear_modules(model)

@@ -6,7 +6,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from course_utils.plotting.diagrams.drawing import DIVERGING, canvas, cell, decimals, signed
+from course_utils.plotting.diagrams.drawing import DIVERGING, canvas, cell, signed
 from course_utils.plotting.style import COLOURS, new_figure, series_styles, styled
 
 MAX_SIDE = 6
@@ -40,11 +40,13 @@ def low_rank_update(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Figure:
     for (title, matrix), sign in zip(panels.items(), signs, strict=True):
         rows, width = matrix.shape
         bottom = (out - rows) / 2
-        places = decimals(matrix, 2)
+        places = next((p for p in range(3) if torch.equal(matrix.round(decimals=p), matrix)), 2)
         for i, row in enumerate(matrix.tolist()):
             for j, value in enumerate(row):
                 colour = DIVERGING(0.5 + 0.4 * value / reach)
-                cell(axis, left + j, bottom + rows - 1 - i, colour, signed(value, places), fontsize=8)
+                cell(
+                    axis, left + j, bottom + rows - 1 - i, colour, signed(value, places), fontsize=8
+                )
         axis.text(left + width / 2, bottom + rows + 0.15, title, ha="center", fontsize=9)
         axis.text(left + width + gap / 2, out / 2, sign, ha="center", va="center", fontsize=12)
         left += width + gap
@@ -114,4 +116,24 @@ def updates_in_half_steps(ratio: Tensor, changed: Mapping[str, Tensor]) -> Figur
     left.set_xscale("log")
     for axis in (left, right):
         axis.set_xlabel("update / half step")
+    return figure
+
+
+@styled
+def kept_against_scale(
+    curves: Mapping[str, tuple[list[float], list[float]]], *, xlabel: str = "update times"
+) -> Figure:
+    """Share of an update that rounding keeps, against its size: `curves[label] = (scales, shares)`.
+
+    The dashed line at 1 is an update that arrives whole. For `chronology/nf4_qlora`.
+    """
+    figure, axis = new_figure(height=3.2, width=7)
+    axis.axhline(1, color=COLOURS["grey"], linestyle="--", linewidth=1, label="all of it")
+    for label, style in series_styles(curves, "marker").items():
+        axis.plot(*curves[label], label=label, **style)
+    axis.set_xscale("log", base=2)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel("share of the update kept")
+    axis.legend(fontsize=8)
     return figure
