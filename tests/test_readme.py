@@ -22,7 +22,7 @@ NOTEBOOKS = (
     "foundations/mixed_precision", "foundations/ptq_vs_qat",
     "foundations/packed_kernels", "chronology/llm_int8_demo", "chronology/gptq_demo",
     "chronology/gptq_ablations",
-    "chronology/awq_demo", "chronology/nf4_demo", "chronology/hqq_demo", "chronology/bitnet_demo",
+    "chronology/awq_demo", "chronology/nf4_demo", "chronology/nf4_qlora", "chronology/hqq_demo", "chronology/bitnet_demo",
     "chronology/tpoti_demo", "chronology/comparison", "distillation/distillation_demo",
     "distillation/feature_distillation", "distillation/reasoning_distillation",
     "pruning/pruning_demo", "pruning/structured_pruning", "pruning/one_shot_pruning",
