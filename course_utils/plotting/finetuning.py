@@ -96,7 +96,7 @@ def updates_in_half_steps(ratio: Tensor, changed: Mapping[str, Tensor]) -> Figur
     bins = torch.logspace(-3, 1, 33)
     left.hist(ratio.numpy(), bins=bins.numpy(), color=COLOURS["blue"])
     left.axvline(1, color=COLOURS["red"], linestyle="--")
-    left.text(1.1, 0.95, "half a step", color=COLOURS["red"], fontsize=9, va="top",
+    left.text(1, 1.01, "half a step", color=COLOURS["red"], fontsize=9, ha="center", va="bottom",
               transform=left.get_xaxis_transform())  # fmt: skip
     left.set_ylabel("weights")
     edges = torch.linspace(0, 2, 21)
