@@ -76,33 +76,15 @@ import transformers
 from course_utils.compression import QuantizedLinear, get_method, quantize_model
 from course_utils.data.batches import TrainingBatches
 from course_utils.data.figures import figures
-from course_utils.evaluation import (
-    Text,
-    compare_all,
-    continuations,
-    difference,
-    format_difference,
-    tensor_bytes,
-)
-from course_utils.finetuning.lora import (
-    LoRALinear,
-    adapters,
-    add_adapters,
-    load_adapters,
-    merge_adapters,
-    remove_adapters,
-    save_adapters,
-)
+from course_utils.evaluation import Text, compare_all, continuations, difference
+from course_utils.evaluation.estimate import format_difference
+from course_utils.evaluation.footprint import tensor_bytes
+from course_utils.finetuning import lora
 from course_utils.finetuning.memory import SavedBytes, training_memory
 from course_utils.grids.codebook import NF4 as LEVELS
 from course_utils.models import linear_layers, load_model
+from course_utils.plotting import finetuning as plots
 from course_utils.plotting import table, training_curves
-from course_utils.plotting.finetuning import (
-    kept_against_scale,
-    low_rank_update,
-    memory_bars,
-    updates_in_half_steps,
-)
 from course_utils.profiles import resolve
 from course_utils.results import record
 from course_utils.training.loop import TrainConfig, next_token_loss, train
@@ -147,7 +129,7 @@ print(f"beside {beside.tolist()}\nmerged {merged.tolist()}")
 print(f"{W.numel()} weights, {A.numel() + B.numel()} trained numbers")
 
 # %%
-figure = low_rank_update(W, A, B, scaling)
+figure = plots.low_rank_update(W, A, B, scaling)
 plt.show()
 
 # %% [markdown]
@@ -161,7 +143,7 @@ plt.show()
 # %% tags=["nbval-check-output"]
 base = torch.nn.Linear(4, 4, bias=False)
 base.weight.data.copy_(W)
-layer = LoRALinear(base, rank=1, alpha=2.0)
+layer = lora.LoRALinear(base, rank=1, alpha=2.0)
 assert torch.equal(layer(x), x @ W.T)  # B is 0
 layer.A.data.copy_(A), layer.B.data.copy_(B)
 assert torch.equal(layer(x), beside)
@@ -186,11 +168,17 @@ print(layer)
 draw = torch.Generator().manual_seed(profile.seed)
 method = get_method("nf4")  # blocks of 64, double quantization
 packed = method.quantize(torch.randn(96, 128, generator=draw) / 11)
-layer = LoRALinear(QuantizedLinear(method, packed, None), rank=4, alpha=8.0).double()
+layer = lora.LoRALinear(
+    QuantizedLinear(method, packed, None), rank=4, alpha=8.0
+).double()
 layer.B.data.normal_(generator=draw)
+
+# %%
 x = torch.randn(32, 128, generator=draw).double().requires_grad_()
 G = torch.randn(32, 96, generator=draw).double()
 layer(x).backward(G)
+
+# %%
 A, B, s = layer.A.detach(), layer.B.detach(), layer.scaling
 W_hat = packed.dequantize().double()
 by_formula = {
@@ -229,6 +217,8 @@ ways = {
     ),
     "packed, decoded again in the backward pass": (layer, layer.base),
 }
+
+# %%
 rows = []
 for name, (owner, call) in ways.items():
     with SavedBytes(owner) as saved:
@@ -274,10 +264,10 @@ places = torch.arange(len(shares)).repeat_interleave(
 )
 new_text = Text(torch.cat(shares), protocol.window, places)
 texts = {"figures": new_text, "prose": prose}
+
+# %%
 stream = torch.cat([tokens_of(document) for document in figures("train")[::8]])
-print(
-    f"{len(stream):,} tokens to train on; to evaluate: {len(new_text.tokens):,} of figures"
-)
+print(f"{len(stream):,} tokens to train on; to evaluate: {len(new_text.tokens):,}")
 
 # %% [markdown]
 # ## Memory, counted
@@ -294,22 +284,23 @@ rank, alpha = 16, 32.0
 def memory_of(model, batch):
     """Bytes of one step in the three ways; leaves `model` packed."""
     found = {"full": training_memory(model, batch, next_token_loss)}
-    add_adapters(model, rank=rank, alpha=alpha)
+    lora.add_adapters(model, rank=rank, alpha=alpha)
     found["LoRA"] = training_memory(model, batch, next_token_loss)
-    remove_adapters(model)
+    lora.remove_adapters(model)
     quantize_model(model, method)
-    add_adapters(model, rank=rank, alpha=alpha)
+    lora.add_adapters(model, rank=rank, alpha=alpha)
     found["QLoRA"] = training_memory(model, batch, next_token_loss)
     return found
 
 
+# %%
 batches = TrainingBatches(
     stream, context=context, batch_size=batch_size, seed=profile.seed
 )
 memory = {name: memory_of(copy.deepcopy(float_model), batches(0).to(profile.device))}
-larger = [
-    other for other in profile.models if other != name
-]  # SmolLM2 in the profile cpu
+
+# %%
+larger = [other for other in profile.models if other != name]  # in the profile cpu
 for other, loaded in profile.load_models().items() if larger else ():
     if other != name:
         ids = loaded.tokenizer(figures("train")[0].text, verbose=False).input_ids[:129]
@@ -317,7 +308,7 @@ for other, loaded in profile.load_models().items() if larger else ():
 
 
 # %%
-figure = memory_bars(
+figure = plots.memory_bars(
     {of: {way: vars(m) for way, m in ways.items()} for of, ways in memory.items()}
 )
 plt.show()
@@ -371,6 +362,7 @@ report = quantize_model(packed_model, method)
 print(str(report).splitlines()[0])
 
 
+# %%
 def fine_tune(model, lr, seed=profile.seed):
     """Train what requires a gradient; the curve `(updates, training loss)`."""
     every, decay = max(1, steps // 10), steps // 4
@@ -389,7 +381,7 @@ rates = {"full": 5e-4, "full, twice the rate": 1e-3, "LoRA": 3e-3, "QLoRA": 3e-3
 for way, rate in rates.items():
     model = copy.deepcopy(packed_model if way == "QLoRA" else float_model)
     if "full" not in way:
-        trained = add_adapters(model, rank=rank, alpha=alpha, seed=profile.seed)
+        trained = lora.add_adapters(model, rank=rank, alpha=alpha, seed=profile.seed)
         print(f"{way}: {sum(p.numel() for p in trained):,} numbers are trained")
     curves[way] = fine_tune(model, lr=rate)
     models[way] = model
@@ -411,11 +403,13 @@ found = {
 }
 
 
+# %%
 def shown(estimate):
     """Value and standard error."""
     return f"{estimate.value:+.3f} ± {estimate.error:.3f}"
 
 
+# %%
 rows = [{"model": "float, untrained"}] + [{"model": way} for way in found["prose"]]
 for text, of_text in found.items():
     rows[0][f"{text}: nats"] = next(iter(of_text.values())).reference.nats
@@ -464,12 +458,14 @@ for text, of_text in found.items():
 # that by {{qlora.figures.full.change:.2f}} ± {{qlora.figures.full.change_error:.2f}} with full fine-tuning, by {{qlora.figures.lora.change:.2f}} ± {{qlora.figures.lora.change_error:.2f}} with LoRA and by
 # {{qlora.figures.qlora.change:.2f}} ± {{qlora.figures.qlora.change_error:.2f}} with QLoRA. QLoRA less LoRA is {{qlora.figures.qlora_less_lora:+.3f}} ± {{qlora.figures.qlora_less_lora_error:.3f}}.
 #
-# That difference is far below what another seed does, as the next section shows.
+# That difference is far below what another seed does, as the next section shows. LoRA less full fine-tuning is {{qlora.figures.lora_less_full:+.2f}} ± {{qlora.figures.lora_less_full_error:.2f}} in the
+# recorded run: at this length of training the adapters learn less.
 #
 # **Forgetting** is what the old text loses. On prose full fine-tuning costs {{qlora.prose.full.change:+.2f}} ± {{qlora.prose.full.change_error:.2f}} nats, LoRA {{qlora.prose.lora.change:+.2f}} ±
 # {{qlora.prose.lora.change_error:.2f}} and QLoRA {{qlora.prose.qlora.change:+.2f}} ± {{qlora.prose.qlora.change_error:.2f}}. But the rate counts as much as the method: at twice its rate full fine-tuning costs
 # {{qlora.prose.full_twice_the_rate.change:+.2f}} ± {{qlora.prose.full_twice_the_rate.change_error:.2f}} on prose, for {{qlora.figures.full_twice_the_rate.change:.2f}} ±
-# {{qlora.figures.full_twice_the_rate.change_error:.2f}} on figures. So who says that adapters forget less has to say at which rates. What is certain: an adapter can be taken off again.
+# {{qlora.figures.full_twice_the_rate.change_error:.2f}} on figures. So who says
+# that adapters forget less has to say at which rates. What is certain: an adapter can be taken off again.
 #
 # ## Rank, alpha, and chance
 #
@@ -481,17 +477,15 @@ variants = {
     "rank 1, alpha 32": {"rank": 1, "alpha": 32.0},
     "rank 4, alpha 32": {"rank": 4, "alpha": 32.0},
     "rank 16, alpha 4": {"rank": 16, "alpha": 4.0},
-    "rank 16, alpha 32, another seed": {
-        "rank": 16,
-        "alpha": 32.0,
-        "seed": profile.seed + 1,
-    },
+    "rank 16, alpha 32, another seed": {"rank": 16, "alpha": 32.0, "seed": SEED + 1},
 }
+
+# %%
 varied = {}
 for label, settings in variants.items():
     varied[label] = copy.deepcopy(packed_model)
     settings = {"seed": profile.seed} | settings
-    add_adapters(varied[label], **settings)
+    lora.add_adapters(varied[label], **settings)
     fine_tune(varied[label], lr=3e-3, seed=settings["seed"])
 of_variants = {n: compare_all(varied, float_model, text) for n, text in texts.items()}
 
@@ -543,20 +537,19 @@ record("qlora.settings.tokens", steps * context * batch_size, "", 0, model=name)
 two_bits = copy.deepcopy(float_model)
 quantize_model(two_bits, get_method("affine", n_bits=2, group_size=64))
 trained_two = copy.deepcopy(two_bits)
-add_adapters(trained_two, rank=rank, alpha=alpha, seed=profile.seed)
+lora.add_adapters(trained_two, rank=rank, alpha=alpha, seed=profile.seed)
 fine_tune(trained_two, lr=3e-3)
 both = {"before": two_bits, "after": trained_two}
 of_two = compare_all(both, float_model, new_text)
+
+# %%
+of_nf4 = found["figures"]
 costs = {
-    "NF4": (
-        found["figures"]["NF4, untrained"].loss,
-        "QLoRA",
-        found["figures"]["QLoRA"],
-    ),
-    "2 bits": (of_two["before"].loss, "2 bits", of_two["after"]),
+    "NF4": (of_nf4["NF4, untrained"].loss, of_nf4["QLoRA"]),
+    "2 bits": (of_two["before"].loss, of_two["after"]),
 }
 rows = []
-for label, (cost, _, after) in costs.items():
+for label, (cost, after) in costs.items():
     left = difference(after, found["figures"]["LoRA"])
     rows.append(
         {"base": label, "before training": shown(cost), "after training": shown(left)}
@@ -565,7 +558,7 @@ table(rows)
 
 # %% tags=["folded"]
 # Record what a base of fewer bits costs before and after.
-for label, (cost, _, after) in costs.items():
+for label, (cost, after) in costs.items():
     key = f"qlora.healing.{label.lower().replace(' ', '_')}"
     record_estimate(f"{key}.before", cost)
     record_estimate(f"{key}.after", difference(after, found["figures"]["LoRA"]))
@@ -582,19 +575,21 @@ for label, (cost, _, after) in costs.items():
 
 # %%
 path = Path(tempfile.mkdtemp()) / "figures.safetensors"
-save_adapters(models["QLoRA"], path)
+lora.save_adapters(models["QLoRA"], path)
+
+# %%
 again = copy.deepcopy(packed_model)
-load_adapters(again, path)
+lora.load_adapters(again, path)
 with torch.no_grad():
     ids = new_text.tokens[None, :64].to(profile.device)
     assert torch.equal(
         again(input_ids=ids).logits, models["QLoRA"](input_ids=ids).logits
     )
-print(
-    f"adapter {path.stat().st_size:,} bytes, packed model {tensor_bytes(packed_model):,}"
-)
+print(f"adapter {path.stat().st_size:,} bytes, base {tensor_bytes(packed_model):,}")
+
+# %%
 try:
-    load_adapters(copy.deepcopy(float_model), path)
+    lora.load_adapters(copy.deepcopy(float_model), path)
 except ValueError as error:
     print("on the float model:", str(error).replace(str(path), path.name))
 
@@ -616,35 +611,39 @@ except ValueError as error:
 
 # %%
 def merged_ways(adapted):
-    """The model `adapted` (adapters over the NF4 base), and what merging makes of it."""
+    """The model `adapted`, of adapters over NF4, and what merging makes of it."""
     found = {"beside the base": adapted}
     for label, requantize in (("into float", False), ("into NF4 again", True)):
         found[label] = copy.deepcopy(adapted)
-        merge_adapters(found[label], requantize=requantize)
-    save_adapters(adapted, path)
+        lora.merge_adapters(found[label], requantize=requantize)
+    lora.save_adapters(adapted, path)
     onto_float = copy.deepcopy(float_model)
-    load_adapters(onto_float, path, other_base=True)
-    merge_adapters(onto_float)
+    lora.load_adapters(onto_float, path, other_base=True)
+    lora.merge_adapters(onto_float)
     found["onto the float weights"] = onto_float
     found["onto the float weights, then NF4"] = copy.deepcopy(onto_float)
     quantize_model(found["onto the float weights, then NF4"], method)
     return found
 
 
+# %%
 adapted = {"32": models["QLoRA"], "4": varied["rank 16, alpha 4"]}
 merged = {
     (size, way): model
     for size, m in adapted.items()
     for way, model in merged_ways(m).items()
 }
+
+# %%
 nothing = copy.deepcopy(models["QLoRA"])  # the control: rounded again without an update
-for layer in adapters(nothing).values():
+for layer in lora.adapters(nothing).values():
     layer.B.data.zero_()
-merge_adapters(nothing, requantize=True)
+lora.merge_adapters(nothing, requantize=True)
 merged["none", "into NF4 again"] = nothing
 
 
-# %%
+# %% tags=["folded"]
+# Helpers: packed layers by name, and how a model differs from its base.
 def packed_layers(model):
     """Packed weights by name."""
     modules = model.named_modules()
@@ -652,13 +651,14 @@ def packed_layers(model):
 
 
 deltas = {
-    size: {n: a.update() for n, a in adapters(m).items()} for size, m in adapted.items()
+    size: {n: a.update() for n, a in lora.adapters(m).items()}
+    for size, m in adapted.items()
 }
 start = packed_layers(packed_model)
 
 
 def against_base(model, updates):
-    """Share of the codes that differ from the packed base's, and share of the updates kept."""
+    """Share of codes that differ from the base's, and share of `updates` kept."""
     dots = sizes = changed = total = 0
     for n, new in packed_layers(model).items():
         change = new.dequantize() - start[n].dequantize()
@@ -677,16 +677,14 @@ for (size, way), model in merged.items():
     of_way = of_merged[str((size, way))]
     of_beside = of_merged[str(("4" if size == "4" else "32", "beside the base"))]
     rows.append({"alpha": size, "merged": way, "MB": tensor_bytes(model) / 1e6})
-    rows[-1] |= {
-        "figures: change": of_way.loss.value,
-        "codes changed": None,
-        "kept": None,
-    }
-    if "NF4" in way:
-        rows[-1]["codes changed"], rows[-1]["kept"] = against_base(
-            model, deltas.get(size)
-        )
+    found_codes = (
+        against_base(model, deltas.get(size)) if "NF4" in way else (None, None)
+    )
+    rows[-1] |= {"figures: change": of_way.loss.value}
+    rows[-1] |= dict(zip(("codes changed", "kept"), found_codes, strict=True))
     rows[-1]["less beside"] = difference(of_way, of_beside)
+
+# %%
 formats = {
     "MB": ".1f",
     "figures: change": "+.3f",
@@ -716,7 +714,7 @@ for row, way in zip(rows, (*ways, *ways, "nothing"), strict=True):
 # %% [markdown]
 # *Kept* is the part of the update that arrived: the change of the decoded weights, projected on the update. The control shows that rounding without an update changes no code.
 #
-# In the recorded run merging into float changes the loss by {{qlora.merge.alpha32.float.less_beside:+.4f}} nats: nothing but rounding. Merging into NF4 again keeps
+# In the recorded run merging into float changes the loss by {{qlora.merge.alpha32.float.less_beside:+.0e}} nats: nothing but rounding. Merging into NF4 again keeps
 # {{qlora.merge.alpha32.again.kept:.0%}} of the update of $\alpha = 32$, as {{qlora.merge.alpha32.again.changed:.1%}} of the codes change, and gives back
 # {{qlora.merge.alpha32.again.less_beside:.3f}} ± {{qlora.merge.alpha32.again.less_beside_error:.3f}} nats. Of the smaller update of $\alpha = 4$ it keeps {{qlora.merge.alpha4.again.kept:.0%}},
 # and gives back {{qlora.merge.alpha4.again.less_beside:.3f}} ± {{qlora.merge.alpha4.again.less_beside_error:.3f}} nats.
@@ -730,7 +728,7 @@ for row, way in zip(rows, (*ways, *ways, "nothing"), strict=True):
 
 # %%
 def in_half_steps(weight, update):
-    """|update| over half the gap to the next level `[out, in]`; 0 where there is none."""
+    """|update| over half the gap to the next level; 0 where there is none."""
     codes, update = weight.integer_codes().long().cpu(), update.cpu()
     end = torch.tensor([torch.inf])
     up, down = (
@@ -745,6 +743,9 @@ def in_half_steps(weight, update):
 ratio = torch.cat(
     [in_half_steps(start[n], d).flatten() for n, d in deltas["4"].items()]
 )
+
+
+# %%
 changed = {}
 for label, way in {
     "from the grid's points": "into NF4 again",
@@ -755,7 +756,7 @@ for label, way in {
         (ends[n].integer_codes() != start[n].integer_codes()).flatten() for n in ends
     ]
     changed[label] = torch.cat(moved).cpu()
-figure = updates_in_half_steps(ratio, changed)
+figure = plots.updates_in_half_steps(ratio, changed)
 plt.show()
 
 # %% [markdown]
@@ -778,6 +779,7 @@ def kept_at(scale, from_grid):
     return (dots / sizes).item()
 
 
+# %%
 layers = linear_layers(float_model)
 first_block = {layer.name: layer for layer in layers[: len(layers) // 4]}
 scales = [2.0**i for i in range(-5, 2)]
@@ -788,7 +790,9 @@ by_scale = {
         ("from the float weights", False),
     )
 }
-figure = kept_against_scale(
+
+# %%
+figure = plots.kept_against_scale(
     by_scale, xlabel="size of the update, times the trained one"
 )
 plt.show()
@@ -824,7 +828,7 @@ print(continuations(speaking, tokenizer, "Population:", new_tokens=32))
 
 # %% [markdown]
 # The float model writes the prose that it knows. After full fine-tuning and with QLoRA it writes a figure with its year. The adapter with $\alpha = 4$ has learnt less, and writes of shares and years after a
-# few words. Merged into NF4 again it is back at prose: the merge has taken what it had learnt.
+# few words. Merged into NF4 again it is back at prose on this prompt: it has lost a part of what it had learnt.
 #
 # ## QLoRA as published
 #
@@ -856,6 +860,7 @@ print(continuations(speaking, tokenizer, "Population:", new_tokens=32))
 #   {{qlora.memory.smollm2-135m-q4_1.qlora.steady:,.0f}} MB with QLoRA in the recorded run. The activations stayed.
 # - **Gain and forgetting.** In the recorded run the loss on figures changed by {{qlora.figures.full.change:.2f}}, {{qlora.figures.lora.change:.2f}} and {{qlora.figures.qlora.change:.2f}} nats. On prose it rose by
 #   {{qlora.prose.full.change:.2f}}, {{qlora.prose.lora.change:.2f}} and {{qlora.prose.qlora.change:.2f}}.
+# - **Healing.** Over a base of 2 bits, training brought a loss of {{qlora.healing.2_bits.before:.2f}} nats down to {{qlora.healing.2_bits.after:.2f}}. Over NF4 there was nothing to heal.
 # - **Merging.** Into NF4 again {{qlora.merge.alpha32.again.kept:.0%}} of the larger and {{qlora.merge.alpha4.again.kept:.0%}} of the smaller update stayed. From the float weights it was
 #   {{qlora.merge.alpha32.onto_float_nf4.kept:.0%}} and {{qlora.merge.alpha4.onto_float_nf4.kept:.0%}}. The reason is the half step.
 #
@@ -878,7 +883,7 @@ print(continuations(speaking, tokenizer, "Population:", new_tokens=32))
 
 # %% tags=["exercise"]
 def adapter_bytes(shapes, rank, bits_per_weight):
-    """Bytes of packed weights, adapters, their gradients and AdamW's states, as a float.
+    """Bytes of packed weights, adapters, their gradients and AdamW's states: a float.
 
     shapes: list of (out, in), one a layer. Adapters, gradients and states are float32.
     Approach: a layer has rank * (out + in) trained numbers; each takes 4 bytes itself,

@@ -287,11 +287,26 @@ def test_merging_into_float_is_exact(make):
         assert not any(isinstance(m, QuantizedLinear) for m in model.modules())
 
 
-def test_a_model_merged_into_float_is_saved_as_a_float_one(tmp_path):
-    model = filled(packed())
+@MODELS
+def test_a_model_merged_into_float_is_saved_as_its_class_reads_it(make, tmp_path):
+    """GPT-2 stores weights as [in, out]; a square one that is not would be read transposed, in silence."""
+    model = filled(packed(make))
     merge_adapters(model)
-    model.save_pretrained(tmp_path)
     assert not hasattr(model.config, "quantization_config")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    kinds = [type(layer.module) for layer in linear_layers(make())]
+    assert [type(layer.module) for layer in linear_layers(model)] == kinds
+
+
+def test_quantized_embeddings_stay_quantized_when_layers_are_merged(tmp_path):
+    model = tiny_gpt2()
+    quantize_model(model, NF4, embeddings="int8")
+    merge_adapters(filled(model))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
 
 
 def test_merging_into_codes_keeps_large_updates_and_loses_small_ones():

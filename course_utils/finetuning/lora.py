@@ -9,6 +9,7 @@ Left out of peft's LoRA: dropout, several adapters at once, adapters on embeddin
 rsLoRA). Built step by step in `chronology/nf4_qlora`.
 """
 
+import copy
 import json
 import math
 from collections.abc import Iterable
@@ -20,10 +21,12 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from course_utils.compression.base import QuantizedLinear
 from course_utils.compression.checks import check_replaceable
 from course_utils.compression.driver import naming
+from course_utils.compression.embedding import describe_embeddings
 from course_utils.compression.saving import mark_quantized
 from course_utils.digest import digest
 from course_utils.files import replacing
@@ -257,11 +260,11 @@ class MergeReport:
 def merge_adapters(model: nn.Module, *, requantize: bool = False) -> list[MergeReport]:
     """Add every update to its base's weight, in place, and take the adapters away; reports each layer.
 
-    A float base keeps its module. Of a quantized one a float `nn.Linear` is made, with the decoded weight
-    plus the update, exact to rounding. With `requantize` its own method quantizes that sum again: the model
-    stays as small as it was, and what is less than half a step of an update is mostly lost (`kept`).
-    Raises `ValueError` if there are no adapters, or if `requantize` is asked of a method that looks at
-    inputs or of a float base; the model is whole then.
+    A float base keeps its module. Of a quantized one a float layer of the kind that the model's class has
+    there is made, with the decoded weight plus the update, exact to rounding. With `requantize` its own
+    method quantizes that sum again: the model stays as small as it was, and what is less than half a step
+    of an update is mostly lost (`kept`). Raises `ValueError` if there are no adapters, or if `requantize` is
+    asked of a method that looks at inputs or of a float base; the model is whole then.
     """
     layers = _adapted(model)
     if requantize:
@@ -273,11 +276,12 @@ def merge_adapters(model: nn.Module, *, requantize: bool = False) -> list[MergeR
                     f"layer {name}: {layer.base.method} looks at inputs. Merge into float, and call "
                     "quantize_model with calibration."
                 )
-    reports = []
+    reports, originals = [], _originals(model)
     for name, layer in layers.items():
         weight, update = layer.base_weight(), layer.update()
         wanted = weight + update
-        merged = _merged(layer.base, wanted, requantize)
+        transposed = isinstance(originals.get(name), Conv1D)
+        merged = _merged(layer.base, wanted, requantize, transposed)
         replace_module(model, name, merged)
         quantized = isinstance(merged, QuantizedLinear)
         new = merged.quantized_weight.dequantize() if quantized else LinearLayer("", merged).weight
@@ -291,25 +295,40 @@ def merge_adapters(model: nn.Module, *, requantize: bool = False) -> list[MergeR
     return reports
 
 
-def _merged(base: nn.Module, weight: Tensor, requantize: bool) -> nn.Module:
-    """The module that takes the place of `base`, with `weight` `[out, in]`."""
+def _merged(base: nn.Module, weight: Tensor, requantize: bool, transposed: bool) -> nn.Module:
+    """The module that takes the place of `base`, with `weight` `[out, in]`; a Conv1D if `transposed`."""
     if not isinstance(base, QuantizedLinear):
         LinearLayer("", base).weight.copy_(weight)  # a view of the parameter
         return base
     if requantize:
         return QuantizedLinear(base.method, base.method.quantize(weight), base.bias)
-    merged = nn.Linear(weight.shape[1], weight.shape[0], bias=base.bias is not None, device="meta")
-    merged.weight = nn.Parameter(weight, requires_grad=False)
-    if base.bias is not None:
-        merged.bias = nn.Parameter(base.bias.clone(), requires_grad=False)
+    out, columns = weight.shape
+    with torch.device("meta"):
+        merged = Conv1D(out, columns) if transposed else nn.Linear(columns, out)
+    stored = weight.T.contiguous() if transposed else weight
+    merged.weight = nn.Parameter(stored, requires_grad=False)
+    bias = None if base.bias is None else nn.Parameter(base.bias.clone(), requires_grad=False)
+    merged.bias = bias
     return merged
+
+
+def _originals(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that the class of `model` has by name, without memory: GPT-2's file is read by them.
+
+    Empty for a model without a configuration.
+    """
+    if not hasattr(model, "config"):
+        return {}
+    with torch.device("meta"):
+        return dict(type(model)(copy.deepcopy(model.config)).named_modules())
 
 
 def _mark(model: nn.Module) -> None:
     """Let the configuration say how the model is quantized now, or that it is not any more."""
     if getattr(model, "hf_quantizer", None) is None:
         return
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    packed = any(isinstance(module, QuantizedLinear) for module in model.modules())
+    if packed or describe_embeddings(model):
         mark_quantized(model)
         return
     del model.config.quantization_config
