@@ -10,7 +10,9 @@ from torch import nn
 from course_utils.compression.base import QuantizedLinear
 from course_utils.models.walk import replace_module
 
-SAME = 1e-3  # relative difference of two float32 products in another order; rounded inputs give more
+SAME = (
+    1e-3  # two float32 products in another order differ by less, relatively; rounded inputs by more
+)
 
 
 @torch.no_grad()
