@@ -171,7 +171,7 @@ packed = method.quantize(torch.randn(96, 128, generator=draw) / 11)
 layer = lora.LoRALinear(
     QuantizedLinear(method, packed, None), rank=4, alpha=8.0
 ).double()
-layer.B.data.normal_(generator=draw)
+_ = layer.B.data.normal_(generator=draw)
 
 # %%
 x = torch.randn(32, 128, generator=draw).double().requires_grad_()

@@ -10,9 +10,8 @@ from torch import nn
 from course_utils.compression.base import QuantizedLinear
 from course_utils.models.walk import replace_module
 
-SAME = (
-    1e-3  # two float32 products in another order differ by less, relatively; rounded inputs by more
-)
+# Two float32 products in another order differ by less than this, relatively; with rounded inputs, by more.
+SAME = 1e-3
 
 
 @torch.no_grad()
