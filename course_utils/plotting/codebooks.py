@@ -26,23 +26,24 @@ def code_usage(shares: dict[str, Tensor]) -> Figure:
 
 @styled
 def against_block_size(
-    panels: dict[str, dict[str, tuple[list[float], list[float]]]], *, level: float | None = None
+    panels: dict[str, dict[str, tuple[list[float], ...]]], *, level: float | None = None
 ) -> Figure:
     """Curves over the size of blocks, `panels[ylabel][label] = (sizes, values)`, an axis a panel.
 
-    Sizes are on a logarithmic scale of base 2. A label has the same look in all panels. `level` is a dashed
-    line.
+    A third list holds standard errors: then a bar reaches 2 of them to each side. Sizes are on a logarithmic
+    scale of base 2. A label has the same look in all panels. `level` is a dashed line.
     """
     labels = (label for curves in panels.values() for label in curves)
     styles = series_styles(labels, "linestyle", "marker")
     figure, axes = new_figure(1, len(panels), height=3.6, squeeze=False)
     for axis, (ylabel, curves) in zip(axes[0], panels.items(), strict=True):
-        for label, (sizes, values) in curves.items():
-            axis.plot(sizes, values, label=label, **styles[label])
+        for label, (sizes, values, *errors) in curves.items():
+            bars = [2 * error for error in errors[0]] if errors else None
+            axis.errorbar(sizes, values, bars, label=label, capsize=3, **styles[label])
         if level is not None:
             axis.axhline(level, color=COLOURS["grey"], linestyle="--", linewidth=1)
         axis.set_xscale("log", base=2)
-        ticks = sorted({size for sizes, _ in curves.values() for size in sizes})
+        ticks = sorted({size for sizes, *_ in curves.values() for size in sizes})
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
         axis.minorticks_off()
         axis.set_xlabel("weights in a block")

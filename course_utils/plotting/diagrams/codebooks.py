@@ -101,7 +101,7 @@ def nibbles_in_bytes(codes: Tensor, packed: Tensor) -> Figure:
             f"bytes {packed.tolist()} do not hold the codes {codes.tolist()}, first in the high half"
         )
     figure, axis = new_figure(height=1.7)
-    canvas(axis, 4 * MAX_CODES + 3, 5)
+    canvas(axis, 4 * MAX_CODES + 4, 5)
     for place, half in enumerate(halves.tolist()):
         known = place < len(codes)
         left = 4 * place + place // 2 + 0.5
