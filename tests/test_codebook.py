@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from course_utils.compression import get_method, quantize_model
-from course_utils.grids.codebook import FP4, NF4, lloyd_max, nearest_codes
+from course_utils.grids.codebook import FP4, NF4, dynamic_map, lloyd_max, nearest_codes
 from course_utils.models import load_model
 from course_utils.quantizers.codebook import EVEN
 
@@ -33,6 +33,26 @@ def test_levels_of_the_normal_distribution_meet_the_conditions_of_least_error(n_
         centroid = (normal.pdf(a) - normal.pdf(b)) / (normal.cdf(b) - normal.cdf(a))
         assert level == pytest.approx(centroid, abs=2e-3)
     assert torch.allclose(levels, -levels.flip(0), atol=1e-4)
+
+
+@given(st.integers(0, 2**31), st.integers(2, 40))
+@settings(max_examples=40, deadline=None)
+def test_cells_give_the_codes_of_thresholds(seed, n_levels):
+    levels = normal(n_levels, seed=seed, scale=1.0).sort().values
+    thresholds = (levels[:-1] + levels[1:]) / 2
+    near = torch.cat([thresholds.nextafter(torch.tensor(way)) for way in (-9.0, 9.0)])
+    x = torch.cat([normal(2**13, seed=seed + 1, scale=2.0), thresholds, near, levels])
+    x = torch.cat([x, torch.tensor([-torch.inf, torch.inf, 1e38, -1e38])])
+    assert torch.equal(nearest_codes(x, levels), torch.bucketize(x, thresholds, out_int32=True))
+
+
+@pytest.mark.parametrize("levels", [NF4, FP4, dynamic_map()])
+def test_cells_give_the_codes_of_known_codebooks(levels):
+    thresholds = (levels[:-1] + levels[1:]) / 2
+    x = torch.cat([normal(2**14, scale=0.4), thresholds, levels])
+    assert torch.equal(nearest_codes(x, levels), torch.bucketize(x, thresholds, out_int32=True))
+    blocks = x[: 2**14].view(2, -1, 64)
+    assert torch.equal(nearest_codes(blocks, levels).flatten(), nearest_codes(x[: 2**14], levels))
 
 
 def test_two_levels_of_the_normal_distribution_are_its_mean_size():

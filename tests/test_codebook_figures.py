@@ -70,7 +70,7 @@ def test_the_first_code_of_a_byte_is_its_high_half():
     assert [t for t in told if t in ("0", "1")] == list("111100000011110001110111")
     assert [t for t in told if "code" in t] == [f"code {code}" for code in CODES.tolist()]
     assert "byte 1 = 60 = 0x3C" in told
-    with pytest.raises(ValueError, match="do not hold the codes .* first in the high half"):
+    with pytest.raises(ValueError, match=r"do not hold the codes .* first in the high half"):
         nibbles_in_bytes(CODES, BYTES.flip(0))
     with pytest.raises(ValueError, match="9 codes are too many to read"):
         nibbles_in_bytes(torch.zeros(9), BYTES)

@@ -25,6 +25,8 @@ NF4 = torch.tensor([
 _FP4 = [size / 12 for size in (0, 0.0625, 2, 3, 4, 6, 8, 12)]
 FP4 = torch.tensor([*(-size for size in reversed(_FP4)), *_FP4])
 
+PART = 2**16  # values that get their codes at a time: they fit into a processor's cache
+
 # Where the outermost quantiles lie: half way between those of 1/32 and 1/30 of the mass, one for each side.
 OFFSET = 1 - (1 / 32 + 1 / 30) / 2
 
@@ -62,10 +64,46 @@ def dynamic_map() -> Tensor:
 def nearest_codes(x: Tensor, codebook: Tensor) -> Tensor:
     """The code (int32, as `x`) of the value of `codebook` `[n]`, ascending, that is nearest to each of `x`.
 
-    A tie goes to the lower code. Compared are thresholds half way between neighbours, not distances.
+    A tie goes to the lower code. Compared are thresholds half way between neighbours, not distances; and
+    where cells of equal width hold one threshold each at most, as those of 4-bit codebooks do, each of `x` is
+    compared with the one of its cell.
     """
     thresholds = (codebook[:-1] + codebook[1:]) / 2
-    return torch.bucketize(x, thresholds, out_int32=True)
+    cells = _cells(thresholds) if x.dtype == torch.float32 and x.numel() >= 2**12 else None
+    if cells is None:
+        return torch.bucketize(x, thresholds, out_int32=True)
+    per_unit, below, inside = cells
+    codes = torch.empty(x.numel(), dtype=torch.int32, device=x.device)
+    for part, out in zip(x.flatten().split(PART), codes.split(PART), strict=True):
+        place = _place(part, thresholds, per_unit).clamp_(0, len(below) - 1)  # clamped for NaN
+        torch.add(below.index_select(0, place), part > inside.index_select(0, place), out=out)
+    return codes.view(x.shape)
+
+
+def _place(x: Tensor, thresholds: Tensor, per_unit: float) -> Tensor:
+    """The cell (int32) of each of `x`: it never falls as `x` grows, in floats too, so codes are exact."""
+    low, high = float(thresholds[0]), float(thresholds[-1])
+    return x.clamp(low, high).sub_(low).mul_(per_unit).int()
+
+
+def _cells(thresholds: Tensor) -> tuple[float, Tensor, Tensor] | None:
+    """Cells in a unit, thresholds below each cell (int32), and the one inside it (inf: none); or None.
+
+    None where cells would have to be many to hold one threshold each at most.
+    """
+    if len(thresholds) < 2 or not (gap := thresholds.diff().min()) > 0.001 * (
+        thresholds[-1] - thresholds[0]
+    ):
+        return None
+    per_unit = float(1.01 / gap)
+    of_threshold = _place(thresholds, thresholds, per_unit)
+    count = of_threshold.bincount()
+    if (count > 1).any():
+        return None
+    below = (count.cumsum(0) - count).int()
+    inside = thresholds.new_full(below.shape, torch.inf)
+    inside[of_threshold.long()] = thresholds
+    return per_unit, below, inside
 
 
 def lloyd_max(

@@ -49,8 +49,9 @@ class CodebookWeight(QuantizedWeight):
 
     def dequantize(self) -> Tensor:
         """The weight `[out, in]` in float32: scale times level, plus the offset."""
-        values = self.levels[self.integer_codes().flatten().int()]
-        n = len(values)
+        n = self.rows * self.columns
+        pairs = torch.cartesian_prod(self.levels, self.levels).flip(1)  # [256, 2]: of each byte
+        values = pairs.index_select(0, self.codes.int()).flatten()[:n]
         values = _in_blocks(values, self.block_size) * self.scale.float()[:, None]
         if self.offset is not None:
             values += self.offset.float()[:, None]
