@@ -538,7 +538,7 @@ plt.show()
 
 # %% [markdown]
 # *Figure: three falling curves of the squared error against measured bits. At few bits NF4's is the lowest. It meets the curve of int4 from min to max
-# just below 5 bits.*
+# between 4.5 and 5 bits.*
 
 # %%
 at_bits = []
@@ -561,7 +561,7 @@ for row in at_bits:
 # %% [markdown]
 # In the recorded run the affine grid has {{nf4.equal_bits.64.ratio:.2f}} of NF4's squared error at {{nf4.equal_bits.64.bits:.2f}} bits,
 # {{nf4.equal_bits.32.ratio:.2f}} at {{nf4.equal_bits.32.bits:.2f}} and {{nf4.equal_bits.16.ratio:.2f}} at {{nf4.equal_bits.16.bits:.2f}}. At equal bits the
-# crossover moves from about 4.5 bits to just below 5. Where NF4 is used, at 4 to 4.5 bits, it keeps the smaller error.
+# crossover lies between 4.5 and 5 bits. Where NF4 is used, at 4 to 4.5 bits, it keeps the smaller error.
 
 # %% [markdown]
 # ## Whole models, at equal bits
@@ -570,7 +570,7 @@ for row in at_bits:
 # model, on the same tokens. The ± is one standard error over the documents of the text, and differences are paired, token by token.
 #
 # Besides the rivals at 4.5 bits there are two at about 4.13: NF4 as QLoRA uses it, with double quantization, and int4 from min to max in blocks of 256.
-# As the second model we take SmolLM2, `dithered` (`gptq_demo` says why).
+# As the second model we take SmolLM2, `dithered` (`gptq_demo` says why). It is slow, so it gets half as many tokens.
 #
 # To multiply by packed weights our package decodes them at every step. For these long evaluations we decode them once: the same values, faster.
 
@@ -671,6 +671,7 @@ for (name, label), found in compared.items():
     record_estimate(f"{stem}.loss", found.loss, tolerance, **by)
     record_estimate(f"{stem}.divergence", found.divergence, tolerance, **by)
     record(f"{stem}.bits", report.bits_per_weight, "bits", 0.001, **by)
+    record(f"{stem}.block", tasks[name][label].block_size, "", 0, **by)
     error = sum(x.weight_error for x in report.layers) / len(report.layers)
     record(f"{stem}.error", error, "", 0.02 * error, **by)
     record(f"{stem}.perplexity", found.perplexity.perplexity, "", 0.5, **by)
@@ -679,7 +680,17 @@ for (name, label), found in compared.items():
         record_estimate(f"{stem}.more", more_than_nf4[name, label], tolerance, **by)
 
 # %% [markdown]
-# TELL
+# At about 4.13 bits NF4 is far ahead. In the recorded run int4 from min to max loses {{nf4.course-lm.minmax_256.more:.3f}} ±
+# {{nf4.course-lm.minmax_256.more_error:.3f}} nats more on course-lm, and {{nf4.smollm2-135m-dithered.minmax_256.more:.2f}} ±
+# {{nf4.smollm2-135m-dithered.minmax_256.more_error:.2f}} more on SmolLM2 ({{nf4.smollm2-135m-dithered.minmax_256.loss:.2f}} instead of
+# {{nf4.smollm2-135m-dithered.double.loss:.2f}}). At 4.5 bits the gap on SmolLM2 is {{nf4.smollm2-135m-dithered.minmax.more:.2f}} ±
+# {{nf4.smollm2-135m-dithered.minmax.more_error:.2f}}. FP4 loses more than NF4 on both models.
+#
+# The error of the weights does not tell the whole order. Symmetric int4 has a larger one than int4 from min to max, and on SmolLM2 it is not
+# distinguished from NF4: {{nf4.smollm2-135m-dithered.int4.more:+.2f}} ± {{nf4.smollm2-135m-dithered.int4.more_error:.2f}} nats. (Its KL divergence, how far its
+# probabilities are from the float model's, is larger than NF4's.) Lloyd-Max has the smallest error of the weights everywhere. Yet on SmolLM2 it loses
+# {{nf4.smollm2-135m-dithered.lloyd_own.more:+.2f}} ± {{nf4.smollm2-135m-dithered.lloyd_own.more_error:.2f}} nats more than NF4. And fitting it to the model's own weights instead of normal
+# samples changes next to nothing on course-lm: these weights are normal enough.
 #
 # ## One rounding is one draw
 #
@@ -739,9 +750,16 @@ for label, row in over_orders.items():
         )
 
 # %% [markdown]
-# TELL
+# Over the orders, in the recorded run, Lloyd-Max loses {{nf4.orders.lloyd.more:+.4f}} ± {{nf4.orders.lloyd.more_error:.4f}} nats more than NF4 on course-lm: less, that is. The
+# single rounding above had {{nf4.course-lm.lloyd.more:+.4f}} ± {{nf4.course-lm.lloyd.more_error:.4f}}, of the other sign. So an error over documents does not hold the luck of
+# rounding, and differences as small as these need several draws. Int4 from min to max has {{nf4.orders.minmax.more:+.4f}} ±
+# {{nf4.orders.minmax.more_error:.4f}} nats: not distinguished. Its KL divergence is larger by {{nf4.orders.minmax.more_divergence:.4f}} ±
+# {{nf4.orders.minmax.more_divergence_error:.4f}}, which is. For SmolLM2 we could afford one draw only.
 #
 # ## The size of the block
+#
+# Blocks of 64 are QLoRA's choice. What do others give? At each size NF4 has double quantization, and int4 gets blocks four times as large. Then both store
+# the same bits: 8 for each block of NF4, and 32 for four of them.
 
 # %%
 sizes = profile.pick(
@@ -780,7 +798,11 @@ for (label, size), comparison in found.items():
     record(f"{stem}.bits", bits, "bits", 0.001, **by)
 
 # %% [markdown]
-# TELL
+# In the recorded run NF4 loses {{nf4.block.32.nf4.loss:.3f}} ± {{nf4.block.32.nf4.loss_error:.3f}} nats in blocks of 32, at
+# {{nf4.block.32.nf4.bits:.2f}} bits. It loses {{nf4.block.4096.nf4.loss:.3f}} ± {{nf4.block.4096.nf4.loss_error:.3f}} in blocks of 4096, at
+# {{nf4.block.4096.nf4.bits:.2f}}. The KL divergence rises smoothly from {{nf4.block.32.nf4.divergence:.4f}} to
+# {{nf4.block.4096.nf4.divergence:.4f}}. Above blocks of 64 there is little to save: the last eighth of a bit. Int4 at the same bits is worse at every size
+# shown.
 #
 # ## What the model writes
 #
@@ -793,7 +815,9 @@ speaking["NF4, blocks of 4096"] = by_size["NF4", 4096][0]
 print(continuations(speaking, floats[small].tokenizer, prompt_of(small), new_tokens=24))
 
 # %% [markdown]
-# TELL
+# All of them write the English of the text that the model was trained on. NF4 leaves the float model's words at once, though it loses only
+# {{nf4.course-lm.double.loss:.3f}} nats per token in the recorded run: two words were about equally likely, and the texts go apart. Which continuation is better
+# cannot be told from one.
 #
 # ## Bytes and time
 
@@ -851,7 +875,15 @@ if bnb:
 #
 # ## What you saw
 #
-# TELL
+# - **Sixteen values from quantiles.** Eight positive ones, a zero, seven negative ones, from an offset of 0.9677. They gave the published table to 2e-7.
+# - **Bytes.** A threshold search and two codes a byte gave the bytes of bitsandbytes. An absmax of 32 bits for 64 weights makes
+#   {{nf4.layer.plain.bits:.1f}} bits in the recorded run, and double quantization {{nf4.layer.double.bits:.3f}}.
+# - **Not optimal, but good.** Blocks see other distributions than the derivation: the codes carry {{nf4.entropy.64:.2f}} bits in blocks of 64. Lloyd-Max
+#   had {{nf4.normal.lloyd.ratio:.2f}} of NF4's squared error on normal samples.
+# - **The crossover.** At blocks of 32 the affine root error was {{nf4.crossover.32.integer.ratio:.2f}} of NF4's. It spans min to max only, and small blocks gain
+#   most from that. At equal bits, {{nf4.equal_bits.32.bits:.1f}}, its squared error was {{nf4.equal_bits.32.ratio:.2f}} of NF4's.
+# - **Nats.** At 4.13 bits SmolLM2 lost {{nf4.smollm2-135m-dithered.double.loss:.2f}} with NF4, and {{nf4.smollm2-135m-dithered.minmax_256.loss:.2f}} with
+#   int4 from min to max. Smaller differences change with one draw of the rounding.
 #
 # ## Limits
 #
