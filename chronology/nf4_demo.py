@@ -78,6 +78,8 @@ from course_utils.evaluation import (
 )
 from course_utils.grids.codebook import FP4, NF4, dynamic_map, lloyd_max
 from course_utils.models import linear_layers, load_model
+
+# %%
 from course_utils.plotting import (
     against_block_size,
     code_usage,
@@ -279,7 +281,7 @@ record("nf4.layer.double.more_error", more, "", 0.001, model="course-lm")
 #   is always -1 or 1, and the larger the block, the more the others crowd around zero [@yoshida2023nf4].
 # - **What is optimal.** Equal use of the codes is not least squared error. Lloyd and Max answered that question long before [@lloyd1982pcm].
 #
-# We look at the first gap. On the left of NF4's derivation stands a normal distribution whose quantile 0.9677 became 1.
+# We look at the first gap. NF4 was derived from a normal distribution, divided by its quantile 0.9677.
 
 # %%
 generator = torch.Generator().manual_seed(profile.seed)
@@ -366,7 +368,7 @@ INT4 = [max(i - 8, -7) / 7 for i in range(16)]
 
 
 def fitted(weights, block_size):
-    """Lloyd-Max levels for all of `weights` in blocks; each is scaled to mean square 1."""
+    """Lloyd-Max levels for all `weights` in blocks, each scaled to mean square 1."""
     values, counts = [], []
     for W in weights:
         blocks = (W / W.square().mean().sqrt()).reshape(-1, block_size)
@@ -455,7 +457,7 @@ SIZES = (16, 32, 64, 128, 256, 1024, 4096)
 
 
 def on_layers(method):
-    """Bits per weight of course-lm's layers, all counted, and each one's squared error."""
+    """Bits per weight of course-lm, all counted; squared error of each layer."""
     stored = [method.quantize(W) for W in weights]
     bits = 8 * sum(s.nbytes for s in stored) / sum(W.numel() for W in weights)
     pairs = zip(stored, weights, strict=True)
@@ -494,7 +496,7 @@ for row in crossover:
         record(f"{stem}.ratio_error", row[f"± ({name})"], "", 0.002, model="course-lm")
 
 # %% [markdown]
-# The two columns hold the affine root error over NF4's, with its standard error over layers. In the recorded run, with an integer zero point, it is
+# The columns hold the affine root error over NF4's, with its standard error over layers. In the recorded run, with an integer zero point, it is
 # {{nf4.crossover.128.integer.ratio:.2f}}, {{nf4.crossover.64.integer.ratio:.2f}}, {{nf4.crossover.32.integer.ratio:.2f}} and
 # {{nf4.crossover.16.integer.ratio:.2f}} at blocks of 128, 64, 32 and 16. The report is confirmed: they meet at about 64. With the minimum in float the
 # affine grid is better still, at {{nf4.crossover.16.minmax.ratio:.2f}} in blocks of 16.
@@ -560,8 +562,8 @@ for size, share, nf4, both in zip(sizes, span, *parts.values(), strict=True):
 #
 # Both are compared with the same thing: 16 *even* levels from -absmax to absmax. In the recorded run the span from min to max is {{nf4.order.16.span:.2f}} of
 # twice the absmax in blocks of 16, and {{nf4.order.1024.span:.2f}} in blocks of 1024. So the affine grid wins most in small blocks: its squared error is
-# {{nf4.order.16.minmax:.2f}} and {{nf4.order.1024.minmax:.2f}} of the even grid's. NF4 wins by its *shape*, and that is worth the more, the more the weights crowd around zero:
-# {{nf4.order.16.nf4:.2f}} and {{nf4.order.1024.nf4:.2f}}. One gain falls and one rises, so they cross.
+# {{nf4.order.16.minmax:.2f}} and {{nf4.order.1024.minmax:.2f}} of the even grid's. NF4 gains by its *shape*, and that is worth the more, the more the weights crowd around zero. Its
+# error is {{nf4.order.16.nf4:.2f}} of the even grid's in blocks of 16, no gain at all, and {{nf4.order.1024.nf4:.2f}} in blocks of 1024. One gain falls and one rises, so they cross.
 #
 # ## The same at equal bits
 #
@@ -623,7 +625,7 @@ for row in at_bits:
 
 
 # %% tags=["folded"]
-# Helpers: load a model, quantize it, and put the decoded weights back into float layers.
+# Helpers: load a model, quantize it, put decoded weights back into float layers.
 def load(name):
     """The float model `name` anew, and its tokenizer."""
     return load_model(name, dtype=profile.dtype, device=profile.device)
@@ -631,7 +633,7 @@ def load(name):
 
 @torch.no_grad()
 def quantized(name, method):
-    """A float model `name` that holds what `method` makes of its weights; and the report."""
+    """A float model `name` with what `method` makes of its weights; the report."""
     packed, _ = load(name)
     report = quantize_model(packed, method)
     model, _ = load(name)
@@ -739,7 +741,7 @@ for (name, label), found in compared.items():
 # The error of the weights does not tell the whole order. Symmetric int4 has a larger one than int4 from min to max, and on SmolLM2 it is not
 # distinguished from NF4: {{nf4.smollm2-135m-dithered.int4.more:+.2f}} ± {{nf4.smollm2-135m-dithered.int4.more_error:.2f}} nats. (Its KL divergence, how far its
 # probabilities are from the float model's, is larger than NF4's.) Lloyd-Max has the smallest error of the weights everywhere. Yet on SmolLM2 it loses
-# {{nf4.smollm2-135m-dithered.lloyd_own.more:+.2f}} ± {{nf4.smollm2-135m-dithered.lloyd_own.more_error:.2f}} nats more than NF4. And fitting it to the model's own weights instead of normal
+# {{nf4.smollm2-135m-dithered.lloyd_own.more:.2f}} ± {{nf4.smollm2-135m-dithered.lloyd_own.more_error:.2f}} nats more than NF4. And fitting it to the model's own weights instead of normal
 # samples changes next to nothing on course-lm: these weights are normal enough.
 #
 # ## One rounding is one draw
@@ -751,7 +753,7 @@ for (name, label), found in compared.items():
 # %%
 @torch.no_grad()
 def in_other_order(method, seed):
-    """Course-lm, quantized with the columns of each layer in another order, and put back."""
+    """Course-lm, quantized with each layer's columns in another order."""
     model, order_of = load(small).model, torch.Generator().manual_seed(seed)
     for layer in linear_layers(model):
         order = torch.randperm(layer.weight.shape[1], generator=order_of)
@@ -804,9 +806,9 @@ for label, row in over_orders.items():
         )
 
 # %% [markdown]
-# Over the orders, in the recorded run, Lloyd-Max loses {{nf4.orders.lloyd.more:+.4f}} ± {{nf4.orders.lloyd.more_error:.4f}} nats more than NF4 on course-lm: less, that is. The
+# Over the orders, in the recorded run, the loss of Lloyd-Max less that of NF4 is {{nf4.orders.lloyd.more:+.4f}} ± {{nf4.orders.lloyd.more_error:.4f}} nats on course-lm: Lloyd-Max loses fewer. The
 # single rounding above had {{nf4.course-lm.lloyd.more:+.4f}} ± {{nf4.course-lm.lloyd.more_error:.4f}}, of the other sign. So an error over documents does not hold the luck of
-# rounding, and differences as small as these need several draws. Int4 from min to max has {{nf4.orders.minmax.more:+.4f}} ±
+# rounding, and differences as small as these need several draws. For int4 from min to max the difference is {{nf4.orders.minmax.more:+.4f}} ±
 # {{nf4.orders.minmax.more_error:.4f}} nats: not distinguished. Its KL divergence is larger by {{nf4.orders.minmax.more_divergence:.4f}} ±
 # {{nf4.orders.minmax.more_divergence_error:.4f}}, which is. For SmolLM2 we could afford one draw only.
 #
@@ -860,7 +862,7 @@ for (label, size), comparison in found.items():
 #
 # ## What the model writes
 #
-# Four bits change little in what the small model writes. Here is one prompt, always continued with the likeliest token.
+# Here is one prompt, always continued with the likeliest token.
 
 # %%
 speaking = {"float": floats[small].model}
@@ -870,8 +872,8 @@ print(continuations(speaking, floats[small].tokenizer, prompt_of(small), new_tok
 
 # %% [markdown]
 # All of them write the English of the text that the model was trained on. NF4 leaves the float model's words at once, though it loses only
-# {{nf4.course-lm.double.loss:.3f}} nats per token in the recorded run: two words were about equally likely, and the texts go apart. Which continuation is better
-# cannot be told from one.
+# {{nf4.course-lm.double.loss:.3f}} nats per token in the recorded run. From the first word that differs the texts go apart, and which one is better
+# cannot be told from a single prompt.
 #
 # ## Bytes and time
 
@@ -901,7 +903,7 @@ record("nf4.bytes.share", report.nbytes / half, "", 0.001, model=small)
 # bitsandbytes is QLoRA's own library. Where it is installed we compare everything that is stored.
 
 # %% tags=["folded"]
-# Codes, absmax, nested state and decoded values of bitsandbytes against ours, bit for bit.
+# Codes, absmax, nested state and values of bitsandbytes against ours.
 try:
     import bitsandbytes.functional as bnb
 except ImportError:
@@ -964,8 +966,8 @@ if bnb:
 def normal_float(n_bits):
     """The levels of a NormalFloat of `n_bits`: a list of 2^n_bits floats, ascending.
 
-    Approach: the offset; both halves by quantiles at equal steps of probability from the
-    offset towards 1/2, which is left out; a zero; divide by the largest.
+    Approach: the offset; both halves by quantiles, at equal steps of probability
+    from it towards 1/2, which is left out; a zero; divide by the largest.
     Example: with 4 bits these are NF4's values.
     Hint: `NormalDist().inv_cdf`; the negative half has one level fewer.
     """
@@ -1058,10 +1060,10 @@ for shape, size in (((33, 7), 32), ((64, 256), 128), ((1, 1), 64)):
 def lloyd_turn(x, levels, count):
     """(new levels, error): `x` and `count` `[n]`, `levels` `[k]` ascending.
 
-    The error is the sum of count * (x - level)^2 *before* the levels move. A level that no
-    value is nearest to stays where it is. On a tie the lower level is taken.
+    The error is the sum of count * (x - level)^2 *before* the levels move. A level
+    that no value is nearest to stays. On a tie the lower level is taken.
     Approach: thresholds half way, codes, then sums of count * x and of count by code.
-    Example: x = [0, 1, 3], levels [0, 2], counts 1: 1 is a tie, so [0.5, 3] and error 2.
+    Example: x = [0, 1, 3], levels [0, 2], counts 1: a tie at 1, so [0.5, 3], error 2.
     Hint: torch.bucketize, and `index_add` or a mask for each code.
     """
     ### BEGIN SOLUTION
