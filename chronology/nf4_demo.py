@@ -109,7 +109,7 @@ print(f"torch {torch.__version__}, transformers {transformers.__version__}")
 # ## The question
 #
 # GPTQ and AWQ run text through the model before they round. NF4 looks at nothing but the weights. It was made for QLoRA, which fine-tunes a model
-# whose weights stay in 4 bits. There the model is quantized when it is loaded, in seconds.
+# whose weights stay in 4 bits. There the model is quantized when it is loaded.
 #
 # Without data the error of the weights is all that can be made small. A 4-bit code has 16 values. An integer grid spaces them evenly. Trained weights
 # crowd around zero, much like a normal distribution. So the question is: **which 16 values suit weights that look normal, whatever their scale?**
@@ -1106,7 +1106,7 @@ assert torch.tensor(errors).diff().max() < 1e-9, "no turn may raise the error"
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# From NF4's levels, and with the counts of blocks of 64, some hundred such turns give the Lloyd-Max codebook of this notebook.
+# The package's `lloyd_max` repeats such turns from two starts until no level moves, and keeps the end of less error.
 #
 # ## References
 #
