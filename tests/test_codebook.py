@@ -78,11 +78,11 @@ def test_a_few_values_far_out_get_levels_of_their_own():
 
 @given(st.integers(0, 2**31), st.integers(2, 16))
 @settings(max_examples=25, deadline=None)
-def test_no_level_can_be_moved_for_less_error(seed, n_levels):
+def test_no_level_with_values_can_be_moved_for_less_error(seed, n_levels):
     x = normal(400, seed=seed, scale=1.0)
     levels = lloyd_max(x, n_levels)
     codes = nearest_codes(x, levels)
-    for code in range(n_levels):
+    for code in codes.unique().tolist():  # a level that is nearest to no value stays where it is
         assert levels[code] == pytest.approx(x[codes == code].mean().item(), abs=1e-4)
 
 

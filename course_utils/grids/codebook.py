@@ -112,9 +112,10 @@ def lloyd_max(
     """The codebook of least squared error for `x` `[n]`: float32 `[n_levels]`, ascending.
 
     Lloyd's method takes turns: each value goes to its nearest level, and each level to the mean of its
-    values. It stops when no level moves by more than `tolerance` times the range of `x`, at the latest after
-    10,000 turns. The squared error falls with every turn. For a log-concave density there is one minimum;
-    elsewhere it may be a local one, and the better of two starts is taken, at quantiles and evenly spaced.
+    values; one that is nearest to none stays. It stops when no level moves by more than `tolerance` times the
+    range of `x`, at the latest after 10,000 turns. The squared error falls with every turn. For a log-concave
+    density there is one minimum; elsewhere it may be a local one, and the better of two starts is taken, at
+    quantiles and evenly spaced.
     `weights` `[n]`, not negative, say how much each value's error counts: for values divided by their
     block's absmax it is the absmax squared. Raises ValueError for values or weights that are not finite, and
     for fewer distinct values than levels.
