@@ -290,6 +290,17 @@ def test_a_bad_model_or_length_is_an_error(course, model, length, evaluated, mes
         list(bench.bench(course, ["affine"], model, protocol))
 
 
+def test_a_library_without_requirements_runs_in_the_courses_own_python(tmp_path):
+    for name in ("json", "no_such_library"):
+        scripts = tmp_path / "course_utils" / "tools" / "oracles" / name / "model"
+        scripts.mkdir(parents=True)
+        (scripts / "nf4.py").write_text("")
+    contenders, absent = bench._contenders(tmp_path, ["nf4"])
+    assert [one.who for one in contenders] == ["course", "json"]
+    assert contenders[1].command[0] == sys.executable
+    assert absent == {"no_such_library": "`pip install no_such_library`"}
+
+
 def test_scripts_for_whole_models_are_named_as_methods():
     scripts = list(ROOT.glob("course_utils/tools/oracles/*/model/*.py"))
     assert scripts and {script.stem for script in scripts} <= set(method_names())

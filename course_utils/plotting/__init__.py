@@ -1,6 +1,7 @@
 """The course's figures, in one style, and its tables; diagrams of mechanisms are in `diagrams`."""
 
 from course_utils.plotting.channels import loss_against_ratio, sorted_sizes
+from course_utils.plotting.codebooks import against_block_size, code_usage
 from course_utils.plotting.grids import (
     error_against_bits,
     rounding_distances,
@@ -27,7 +28,9 @@ from course_utils.plotting.training import step_gradient, training_curves
 
 __all__ = [
     "COLOURS",
+    "against_block_size",
     "clips_on_histogram",
+    "code_usage",
     "codes_against_outlier",
     "error_against_bits",
     "error_against_clip",

@@ -113,7 +113,9 @@ class NF4Weight(QuantizedWeight):
 
     def dequantize(self) -> Tensor:
         """The weight `[out, in]` in float32: level times absmax."""
-        values = LEVELS.to(self.codes.device)[self.integer_codes().flatten().long()]
+        n, levels = self.rows * self.columns, LEVELS.to(self.codes.device)
+        pairs = torch.cartesian_prod(levels, levels)  # [256, 2]: what each byte stands for
+        values = pairs.index_select(0, self.codes.int()).flatten()[:n]
         return times_absmax(values, self.block_absmax(), self.block_size).view(self.shape)
 
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -136,8 +137,8 @@ def bench(
     `CourseError` for a method, a setting or a model that is not there, and for a run that fails.
     """
     contenders, absent = _contenders(root, specs)
-    for library in absent:
-        yield f"{library} is not installed: `make oracles` (`course oracles`) does it."
+    for library, remedy in absent.items():
+        yield f"{library} is not installed: {remedy} does it."
     runs = root / "runs" / "bench"
     folder = runs / _label(model_name)
     calibrations, evaluation = _prepare(folder / "float", model_name, protocol)
@@ -278,8 +279,11 @@ def _cell(summary: dict, name: str, form: str) -> str:
     return format(summary[name], form) if name in summary else "-"
 
 
-def _contenders(root: Path, specs: list[str]) -> tuple[list[Contender], list[str]]:
-    """Who quantizes; and the libraries that would, were they installed."""
+def _contenders(root: Path, specs: list[str]) -> tuple[list[Contender], dict[str, str]]:
+    """Who quantizes; and the libraries that would, were they installed, with what installs them.
+
+    A library without `requirements.txt` is one that goes into the course's own Python.
+    """
     contenders, absent = [], {}
     for spec in specs:
         method = parse_method(spec)
@@ -287,14 +291,19 @@ def _contenders(root: Path, specs: list[str]) -> tuple[list[Contender], list[str
         contenders.append(Contender(spec, method, "course", command, PACKAGE.parent))
         for script in sorted(root.glob(f"course_utils/tools/oracles/*/model/{method.name}.py")):
             library = script.parents[1]
-            made = environment(library)
-            if is_made(library / "requirements.txt", made):
-                command = [python_of(made), script]
+            made, requirements = environment(library), library / "requirements.txt"
+            beside = not requirements.exists()  # one that goes into the course's own Python
+            if find_spec(library.name) if beside else is_made(requirements, made):
+                command = [sys.executable if beside else python_of(made), script]
                 memory = PACKAGE / "tools" / "bench" / "memory"
                 contenders.append(Contender(spec, method, library.name, command, memory))
             else:
-                absent[library.name] = None
-    return contenders, list(absent)
+                absent[library.name] = (
+                    f"`pip install {library.name}`"
+                    if beside
+                    else "`make oracles` (`course oracles`)"
+                )
+    return contenders, absent
 
 
 def _prepare(folder: Path, model_name: str, protocol: Protocol) -> tuple[list[Tensor], Tensor]:
