@@ -5,6 +5,7 @@ Each fits a notebook's width and refuses what would be too much to read.
 
 from course_utils.plotting.diagrams.flows import fake_quantization_paths, integer_data_flow
 from course_utils.plotting.diagrams.matrices import activation_heatmap, four_matrices, gptq_steps
+from course_utils.plotting.diagrams.slices import slices_in_words
 from course_utils.plotting.diagrams.storage import bits_in_bytes, grids_on_a_line
 from course_utils.plotting.diagrams.walks import block_walk
 
@@ -17,4 +18,5 @@ __all__ = [
     "gptq_steps",
     "grids_on_a_line",
     "integer_data_flow",
+    "slices_in_words",
 ]
