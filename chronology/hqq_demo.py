@@ -298,7 +298,7 @@ for row in rows:
 table(rows, {"first mean |error|": ".5f", "last": ".5f", "less": ".1%"})
 
 # %% [markdown]
-# *Figure: the mean |error| of the layer from turn to turn, divided by that of the first turn. Two bits fall furthest; most is won in the first five turns. A dot marks the last turn.*
+# *Figure: the mean |error| of the layer from turn to turn, divided by that of the first turn. All six curves fall alike, steeply at first, and are flat after ten turns. A dot marks the last turn.*
 #
 # The first turn's error is round-to-nearest's, with a float zero point. In the recorded run the solver takes {{hqq.curve.w2.axis1.less:.1%}} off it at 2 bits, {{hqq.curve.w3.axis1.less:.1%}} at 3 and
 # {{hqq.curve.w4.axis1.less:.1%}} at 4, along axis 1. Nothing was read but the weights.
@@ -373,7 +373,7 @@ for row in rows:
 
 # %%
 figure, axis = new_figure(height=3.0)
-bins = torch.logspace(-6, 0, 80)
+bins = torch.logspace(-5, 0, 80)
 largest = {}
 for n, colour in ((4, "green"), (3, "orange"), (2, "blue")):
     q, inverse, Z, _ = solved[n, 1]
@@ -586,8 +586,9 @@ def quantized(name, n_bits, way):
     start = time.perf_counter()
     if method.needs_calibration:
         window = profile.protocol(model).window
+        sequences = 4 if "smollm2" in name else 8  # it is slow
         calibration = calibration_tokens(
-            tokenizer, profile.pick(quick=8, cpu=8), window, seed=profile.seed
+            tokenizer, sequences, window, seed=profile.seed
         )
     report = quantize_model(model, method, calibration=calibration)
     return model, report, time.perf_counter() - start
@@ -693,20 +694,54 @@ def curve(way):
     return bits, [loss.value for loss in losses], [loss.error for loss in losses]
 
 
-ways = ("nearest", "HQQ", "integer Z", "integer Z, 32", "GPTQ", "NF4")
+ways = ("nearest", "HQQ", "integer Z, 32", "GPTQ")
 figure = nats_against_bits({names[0]: {way: curve(way) for way in ways}})
 plt.show()
 
 # %% [markdown]
-# *Figure: nats that course-lm loses per token against measured bits per weight. At 4 bits all ways lie close together near 0; at 2 bits they are far apart.*
+# *Figure: nats that course-lm loses per token against measured bits per weight, for four ways. Points are moved aside by up to 0.06 bits, so that bars do not cover each other. At 4 bits all
+# lie close together near 0; at 2 bits GPTQ lies clearly below the others.*
 #
-# In the recorded run, on course-lm at 2 bits, round-to-nearest loses {{hqq.course-lm.w2.nearest.loss:.3f}} nats and HQQ {{hqq.course-lm.w2.hqq.loss:.3f}}: that is
+# In the recorded run, on course-lm at 2 bits, round-to-nearest loses {{hqq.course-lm.w2.nearest.loss:.3f}} nats and HQQ {{hqq.course-lm.w2.hqq.loss:.3f}}. That is
 # {{hqq.course-lm.w2.hqq.gain:.3f}} ± {{hqq.course-lm.w2.hqq.gain_error:.3f}} less, for nothing but better zero points. At 3 bits the gain is {{hqq.course-lm.w3.hqq.gain:.3f}} ±
-# {{hqq.course-lm.w3.hqq.gain_error:.3f}}, and at 4 bits {{hqq.course-lm.w4.hqq.gain:+.4f}} ± {{hqq.course-lm.w4.hqq.gain_error:.4f}}.
+# {{hqq.course-lm.w3.hqq.gain_error:.3f}}, and at 4 bits {{hqq.course-lm.w4.hqq.gain:.4f}} ± {{hqq.course-lm.w4.hqq.gain_error:.4f}}.
 #
-# A simple control does better. Round-to-nearest in groups of 32 loses {{hqq.course-lm.w2.integer_z_32.loss:.3f}} at 2 bits, with {{hqq.course-lm.w2.integer_z_32.bits_per_weight:.2f}} bits
-# in place of {{hqq.course-lm.w2.hqq.bits_per_weight:.2f}}. GPTQ, with the same bytes as that and a calibration text, loses {{hqq.course-lm.w2.gptq.loss:.3f}}. It pays in time:
-# {{hqq.course-lm.w2.gptq.seconds:.1f}} s, where HQQ takes {{hqq.course-lm.w2.hqq.seconds:.1f}} s on this small model.
+# Two rivals put that into proportion. Round-to-nearest in groups of 32 loses {{hqq.course-lm.w2.integer_z_32.loss:.3f}} at 2 bits, with {{hqq.course-lm.w2.integer_z_32.bits_per_weight:.2f}} bits
+# in place of {{hqq.course-lm.w2.hqq.bits_per_weight:.2f}}. GPTQ, at the bytes of the former, loses {{hqq.course-lm.w2.gptq.loss:.3f}}. It pays in time:
+# {{hqq.course-lm.w2.gptq.seconds:.1f}} s with its calibration, where HQQ takes {{hqq.course-lm.w2.hqq.seconds:.1f}} s.
+#
+# **SmolLM2 is a surprise.** At 3 bits HQQ loses {{hqq.smollm2-135m-dithered.w3.hqq.gain:.2f}} ± {{hqq.smollm2-135m-dithered.w3.hqq.gain_error:.2f}} nats less than its own grid rounded to nearest: a large gain. But
+# it still loses {{hqq.smollm2-135m-dithered.w3.hqq.loss:.2f}}, and plain rounding with an integer zero point {{hqq.smollm2-135m-dithered.w3.integer_z.loss:.2f}}, with fewer bits. A
+# float zero point lets the whole grid slide, and the value 0 with it: a weight near 0 comes back as up to half a step. With an integer zero point it comes back as 0. This model has a few
+# massive features (`llm_int8_demo`), so that a small error in their columns is multiplied by much. The next cell tests this explanation.
+
+# %%
+sliding = get_method("hqq", n_bits=3, iterations=0), get_method("hqq", n_bits=3)
+checked = [*sliding, get_method("affine", n_bits=3)]
+rows = []
+for name in names:
+    source = floats[name].model
+    small = {"model": name}
+    layers = linear_layers(source)[:: profile.pick(quick=4, cpu=8)]
+    for way, method in zip(("nearest", "HQQ", "integer Z"), checked, strict=True):
+        errors = []
+        for one in layers:
+            w = one.weight.detach().float().cpu()
+            near = w.abs() < 0.1 * w.std()  # weights near 0
+            off = method.quantize(w).dequantize() - w
+            errors.append((off[near].square().mean() / w.square().mean()).item())
+        small[way] = sum(errors) / len(errors)
+        key = way.lower().replace(" ", "_")
+        record(
+            f"hqq.near_zero.{name}.{key}", small[way], "", 0.03 * small[way], model=name
+        )
+    rows.append(small)
+table(rows, dict.fromkeys(("nearest", "HQQ", "integer Z"), ".4f"))
+
+# %% [markdown]
+# The table has the squared error of those weights that are smaller than a tenth of the standard deviation, as a share of the mean square of all weights. In the recorded run an integer zero point leaves
+# {{hqq.near_zero.course-lm.integer_z:.4f}} on course-lm, and HQQ {{hqq.near_zero.course-lm.hqq:.4f}}. So the first half of the explanation holds: a float zero point treats small weights worse. That the massive
+# features are what makes it costly on SmolLM2 remains a guess; HQQ, which sees no inputs, could not know.
 
 # %%
 pairs = [
@@ -765,7 +800,8 @@ speaking = {"float": reference} | {way: models[name, 2, way] for way in shown_wa
 print(continuations(speaking, tokenizer, prompt_of(name), new_tokens=24))
 
 # %% [markdown]
-# TODO
+# The float model names an industry, tourism, and so does GPTQ at 2 bits. The other four keep the subject, the island and its economy, and lose the thread. Along axis 0 rounding even makes up a word,
+# "durity". Better zero points alone do not make this model usable at 2 bits.
 #
 # ## What the hqq package stores
 #
@@ -835,8 +871,8 @@ for n_bits in (8, 4, 3, 2, 1) if Quantizer else ():
 #   alternating least squares on the zero point.
 # - **Scale.** Weights times 16 kept {{hqq.trial.c16.same:.1%}} of their codes. Errors shrunk in steps keep all. On course-lm at 2 bits the two differ by
 #   {{hqq.course-lm.w2.hqq.over.hqq_in_steps:+.4f}} ± {{hqq.course-lm.w2.hqq.over.hqq_in_steps_error:.4f}} nats.
-# - **Whole models.** Against the same grid rounded to nearest HQQ loses {{hqq.course-lm.w2.hqq.gain:.3f}} ± {{hqq.course-lm.w2.hqq.gain_error:.3f}} nats less at 2 bits, without data. Groups of 32
-#   and GPTQ, at a few hundredths of a bit more, lose less still.
+# - **Whole models.** On course-lm, against the same grid rounded to nearest, HQQ loses {{hqq.course-lm.w2.hqq.gain:.3f}} ± {{hqq.course-lm.w2.hqq.gain_error:.3f}} nats less at 2 bits, without data. GPTQ, at
+#   0.06 bits more, loses less still. On SmolLM2 an integer zero point beat both float ones at 3 bits, with fewer bits: the value 0 has to be on the grid there.
 # - **Bytes.** Slices, not neighbours; 3 bits take 3.2.
 #
 # ## Limits
