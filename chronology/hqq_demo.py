@@ -209,7 +209,8 @@ x = torch.tensor([0.01, 0.1, 0.17, 0.18, 0.5, 1.0])
 for p in (0.7, 1.0, 2.0):
     print(f"p = {p}:", [round(v, 3) for v in shrink(x, p=p).tolist()])
 
-# %%
+# %% tags=["folded"]
+# Draws the shrinkage for three norms.
 figure, axis = new_figure(width=6.0)
 x = torch.linspace(-1, 1, 2001)
 axis.plot(x, x, linestyle="--", color=COLOURS["grey"], label="no shrinkage")
@@ -268,6 +269,10 @@ print(f"{layer.name}: {list(weight.shape)}, {len(W):,} groups of 64")
 
 # %%
 solved = {(n, axis): hqq(along[axis], n) for n in (2, 3, 4) for axis in (1, 0)}
+print("turns:", {place: len(errors) for place, (*_, errors) in solved.items()})
+
+# %% tags=["folded"]
+# Draws the errors, turn by turn.
 figure, axis = new_figure(width=6.5)
 for (n, a), (_, _, _, errors) in solved.items():
     line, colour = {1: "-", 0: ":"}[a], {2: "blue", 3: "orange", 4: "green"}[n]
@@ -372,13 +377,19 @@ for row in rows:
 # How large are errors of a language model's weights?
 
 # %%
+largest = {}
+for n in (4, 3, 2):
+    q, inverse, Z, _ = solved[n, 1]
+    largest[n] = (W - (q - Z) / inverse).abs().max().item()  # over [groups, 64]
+print({n: round(value, 4) for n, value in largest.items()})
+
+# %% tags=["folded"]
+# Draws all errors, and the end of the dead zone.
 figure, axis = new_figure(height=3.0)
 bins = torch.logspace(-5, 0, 80)
-largest = {}
 for n, colour in ((4, "green"), (3, "orange"), (2, "blue")):
     q, inverse, Z, _ = solved[n, 1]
     off = (W - (q - Z) / inverse).abs()  # [groups, 64]
-    largest[n] = off.max().item()
     axis.hist(
         off.flatten(), bins, histtype="step", color=COLOURS[colour], label=f"{n} bits"
     )
@@ -423,12 +434,16 @@ def tested(W, **settings):
     }
 
 
+# %%
 published, _ = tested(W)
 trials = {"published: p = 0.7, β = 10": (1, {}), "p = 1": (1, {"p": 1.0})}
 trials |= {"p = 2": (1, {"p": 2.0}), "β = 1,000": (1, {"beta": 1e3})}
 trials |= {"β = 100,000": (1, {"beta": 1e5})}
 trials |= {f"W times {c}": (c, {}) for c in (4, 16, 64)}
 trials |= {"W times 64, p = 1": (64, {"p": 1.0})}
+
+# %% tags=["folded"]
+# Runs the trials; codes and errors beside those of the published constants.
 rows = []
 for name, (c, settings) in trials.items():
     q, found = tested(c * W, **settings)
@@ -478,7 +493,8 @@ for key, row in zip(
 #
 # Is one layer of one width typical? Here are all layers of the model, with $p = 0.7$ and with $p = 1$.
 
-# %%
+# %% tags=["folded"]
+# Every layer of the model, with both norms.
 rows = []
 for n_bits in (4, 3, 2):
     off, apart, total = [], 0, 0
@@ -515,7 +531,8 @@ table(rows, {"largest |error|": ".3f"})
 # That is the published formula with a penalty of its own for each group, $\beta_g = \beta\, S_g^{p-2}$. The dead zone now ends at 0.17 *steps*. Errors spread up to half a step, so that many
 # of them leave it. The package has this as `shrink_in="steps"`; the hqq library has not.
 
-# %%
+# %% tags=["folded"]
+# Codes of scaled weights, and errors under three norms.
 rows = []
 for way in ("weights", "steps"):
     method = get_method("hqq", n_bits=2, shrink_in=way, scale_dtype="float32")
@@ -557,13 +574,7 @@ table(
 # The second model, SmolLM2, comes as a file of 4-bit codes. We take `smollm2-135m-dithered`, with noise inside each cell of that grid (`linear_mapping` tells what it costs). It is slow, so we take it at one width.
 
 
-# %% tags=["folded"]
-# Helpers: load a model, quantize it and time that.
-def load(name):
-    """The float model `name` anew, and its tokenizer."""
-    return load_model(name, dtype=profile.dtype, device=profile.device)
-
-
+# %%
 WAYS = {
     "nearest": ("hqq", {"iterations": 0}),
     "HQQ": ("hqq", {}),
@@ -574,6 +585,13 @@ WAYS = {
     "integer Z, 32": ("affine", {"group_size": 32}),
     "GPTQ": ("gptq", {"group_size": 32}),
 }
+
+
+# %% tags=["folded"]
+# Helpers: load a model, quantize it and time that.
+def load(name):
+    """The float model `name` anew, and its tokenizer."""
+    return load_model(name, dtype=profile.dtype, device=profile.device)
 
 
 def quantized(name, n_bits, way):
@@ -685,9 +703,10 @@ for key, found in compared.items():
     record(f"hqq.{key[0]}.float.perplexity", found.reference.perplexity, "", 0.05, **by)
 
 
-# %%
+# %% tags=["folded"]
+# Draws nats against bits for four ways.
 def curve(way):
-    """Measured bits, nats lost and errors of one way at its widths, on the small model."""
+    """Measured bits, nats lost and errors of one way, on the small model."""
     keys = [key for key in plan if key[0] == names[0] and key[2] == way]
     losses = [compared[key].loss for key in keys]
     bits = [reports[key].bits_per_weight for key in keys]
@@ -716,7 +735,8 @@ plt.show()
 # float zero point lets the whole grid slide, and the value 0 with it: a weight near 0 comes back as up to half a step. With an integer zero point it comes back as 0. This model has a few
 # massive features (`llm_int8_demo`), so that a small error in their columns is multiplied by much. The next cell tests this explanation.
 
-# %%
+# %% tags=["folded"]
+# Errors of weights near 0, by the kind of zero point.
 sliding = get_method("hqq", n_bits=3, iterations=0), get_method("hqq", n_bits=3)
 checked = [*sliding, get_method("affine", n_bits=3)]
 rows = []
@@ -746,20 +766,15 @@ table(rows, dict.fromkeys(("nearest", "HQQ", "integer Z"), ".4f"))
 
 # %%
 pairs = [
-    (n, a, b)
+    (n, "HQQ", b)
     for n in (4, 3, 2)
-    for a, b in (
-        ("HQQ", "integer Z"),
-        ("HQQ", "integer Z, 32"),
-        ("HQQ", "GPTQ"),
-        ("HQQ", "HQQ in steps"),
-    )
+    for b in ("integer Z", "integer Z, 32", "GPTQ", "HQQ in steps")
 ]
-pairs += [
-    (4, "HQQ", "NF4"),
-    (2, "HQQ", "HQQ, axis 0"),
-    (2, "HQQ, axis 0", "nearest, axis 0"),
-]
+pairs += [(4, "HQQ", "NF4"), (2, "HQQ", "HQQ, axis 0")]
+pairs += [(2, "HQQ, axis 0", "nearest, axis 0")]
+
+# %% tags=["folded"]
+# Each pair's difference, shown and recorded.
 rows = []
 for n, a, b in pairs:
     found = gain((names[0], n, b), other=a)
@@ -826,9 +841,8 @@ for n_bits in (8, 4, 3, 2, 1):
     codes = (torch.arange(80)[:, None] + torch.arange(4)) % 2**n_bits  # [rows, 4]
     words = pack_slices(codes, n_bits)
     assert torch.equal(unpack_slices(words, n_bits, 80), codes.byte())
-    print(
-        f"{n_bits} bits: {list(words.shape)} {words.dtype}, {8 * words.nbytes / 320} bits a code"
-    )
+    size = 8 * words.nbytes / codes.numel()
+    print(f"{n_bits} bits: {list(words.shape)} {words.dtype}, {size} bits a code")
 
 # %% [markdown]
 # Every width comes back from its words, and only 3 bits pay for the round word size.
@@ -838,7 +852,7 @@ for n_bits in (8, 4, 3, 2, 1):
 # Where the hqq library is installed, we compare codes, zero points, decoded values and packed bytes, and take its time beside ours, in turns.
 
 # %% tags=["folded"]
-# Asserts that codes and bytes of hqq are ours, zero points to 2e-6 of a step, values to 1e-6.
+# Asserts that codes and bytes of hqq are ours, zero points and values to 2e-6.
 try:
     from hqq.core.quantize import Quantizer
 except ImportError:
@@ -935,7 +949,7 @@ def turn(W, S, Z, top):
     """New zero points `[groups, 1]` for weights `W` `[groups, size]`.
 
     `S`, `Z` `[groups, 1]` are scales and zero points, `top` is the largest code.
-    Approach: q = clamp(round(W / S + Z), 0, top); then the mean of q - W / S in a group.
+    Approach: q = clamp(round(W / S + Z), 0, top); then a group's mean of q - W / S.
     Example: W = [[0, 1, 2, 3.8]], S = 1, Z = 0, top = 3 gives (0 + 0 + 0 - 0.8) / 4.
     Hint: the zero point stays a float.
     """
