@@ -15,6 +15,7 @@ from course_utils.compression.compensation import compensate
 from course_utils.grids.uniform import code_range, dequantize, quantize, scale_and_zero_point
 from course_utils.kernels.fixed_point import quantize_multiplier, requantize
 from course_utils.kernels.packing import pack
+from course_utils.kernels.slices import PER_WORD
 from course_utils.plotting import table
 from course_utils.plotting.diagrams import (
     activation_heatmap,
@@ -25,6 +26,7 @@ from course_utils.plotting.diagrams import (
     gptq_steps,
     grids_on_a_line,
     integer_data_flow,
+    slices_in_words,
 )
 
 matplotlib.use("agg")
@@ -88,6 +90,7 @@ FIGURES = {
     "matrices": lambda: four_matrices(torch.ones(2, 3), torch.ones(2, 3).int(), torch.ones(2, 3)),
     "grids": lambda: grids_on_a_line(GRIDS, VALUES, 14.0),
     "bits": lambda: bits_in_bytes(torch.tensor([2, 1, 3, 0]), 2, 3, 4, 8),
+    "slices": lambda: slices_in_words((4, 8), (3, 20)),
     "flow": lambda: integer_data_flow(VALUES.to(torch.int8), VALUES.to(torch.int8), 2**30, 3, 1),
     "gptq": lambda: gptq_steps(*gptq_example()[:3]),
     "heatmap": lambda: activation_heatmap(torch.randn(8, 40, generator=DRAW), [3, 4]),
@@ -298,6 +301,30 @@ def test_bits_that_do_not_fit_a_row_are_refused():
         bits_in_bytes(torch.arange(5), 4, 8)
     with pytest.raises(ValueError, match="code 4 does not fit into 2 bits"):
         bits_in_bytes(torch.tensor([4]), 2)
+
+
+@pytest.mark.parametrize(("n_bits", "rows"), [(8, 3), (4, 8), (3, 13), (2, 8), (1, 16)])
+def test_slices_show_the_row_of_every_bit(n_bits, rows):
+    """From the highest bit to the lowest, word by word, as the shifts of the hqq package have it."""
+    (axis,) = slices_in_words((n_bits, rows)).axes
+    count, width = PER_WORD[n_bits], 32 if n_bits == 3 else 8
+    words = -(-rows // count)
+    by_row = {}
+    for rectangle, text in zip(
+        cells(axis), [t.get_text() for t in axis.texts][-len(cells(axis)) :], strict=True
+    ):
+        by_row.setdefault(text, []).append((round(rectangle.get_x()), round(rectangle.get_y())))
+    for row in range(rows):
+        place, word = divmod(row, words)
+        low = (count - 1 - place) * n_bits
+        wanted = {(5 + width - 1 - bit, words - 1 - word) for bit in range(low, low + n_bits)}
+        assert set(by_row[str(row)]) == wanted
+    assert len(cells(axis)) == words * width
+
+
+def test_too_many_slices_are_refused():
+    with pytest.raises(ValueError, match="48 rows are too many to read, at most 40"):
+        slices_in_words((4, 48))
 
 
 # Flows and walks

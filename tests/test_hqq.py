@@ -4,14 +4,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hqq.core.bitpack import BitPack
 from hqq.core.quantize import Quantizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from course_utils.compression import get_method, quantize_model
+from course_utils.kernels import pack_slices
 from course_utils.models import load_model
-from course_utils.quantizers.hqq import HQQ, WIDTHS, dead_zone, shrink, solve
+from course_utils.quantizers.hqq import HQQ, PIECE, WIDTHS, dead_zone, shrink, solve
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 0.02) -> torch.Tensor:
@@ -57,10 +57,53 @@ def test_groups_come_back_from_their_bytes(n_bits):
 
 
 def test_the_packages_bytes_hold_the_same_codes():
-    """It packs slices of the groups, not neighbours."""
-    codes = HQQ(4, 64).quantize(normal(8, 64)).integer_codes()
-    packed = BitPack.pack_4bit_u8(codes)
-    assert torch.equal(packed, codes[:4] << 4 | codes[4:])
+    """As `Quantizer.quantize` leaves them, packed by slices of the groups."""
+    weight = normal(8, 64 * 5)
+    for n_bits in WIDTHS:
+        packed, _ = Quantizer.quantize(
+            weight, nbits=n_bits, group_size=64, axis=1, round_zero=n_bits == 4, device="cpu"
+        )
+        codes = HQQ(n_bits, 64).quantize(weight).integer_codes()  # [groups, 64]
+        assert torch.equal(pack_slices(codes, n_bits), packed)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_weight_of_many_pieces_has_the_codes_of_the_package(axis):
+    """The solver works on a few groups at a time, and stops by the error of all."""
+    weight = normal(768, 256)
+    assert weight.numel() // 64 > 2 * PIECE
+    method = HQQ(3, 64, axis, scale_dtype="float32")
+    ours, (codes, zero, _) = method.quantize(weight), theirs(weight, method)
+    assert torch.equal(ours.integer_codes().float(), codes)
+    torch.testing.assert_close(ours.zero_point, zero, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("factor", [2.0**-4, 8.0])
+def test_shrinking_in_steps_scaled_weights_have_the_same_codes(factor):
+    weight = normal(32, 128)
+    steps = HQQ(2, 64, shrink_in="steps", scale_dtype="float32")
+    first, second = steps.quantize(weight), steps.quantize(factor * weight)
+    assert torch.equal(first.codes, second.codes)
+    assert torch.equal(first.zero_point, second.zero_point)
+    assert torch.equal(factor * first.scale, second.scale)
+    published = HQQ(2, 64, scale_dtype="float32")
+    assert not torch.equal(first.zero_point, published.quantize(weight).zero_point)
+    large = published.quantize(64 * weight)  # leaves the dead zone
+    assert not torch.equal(large.zero_point, published.quantize(weight).zero_point)
+
+
+def test_the_update_is_the_mean_of_what_is_not_shrunk():
+    """Z - mean((off - shrink(off)) / S): the zero point moves by what the shrinkage leaves."""
+    method = HQQ(2, 64)
+    groups = method.groups(normal(8, 64, scale=1.0))
+    inverse, Z = method.start(groups)
+    off = groups - ((groups * inverse + Z).round().clamp(0, 3) - Z) / inverse
+    for in_steps in (False, True):
+        unit = inverse if in_steps else 1.0
+        kept = off * unit - shrink(off * unit, 10.0, 0.7)
+        expected = Z - (kept / unit * inverse).mean(1, keepdim=True)
+        found, _ = solve(groups, inverse, Z, 3, p=0.7, beta=10.0, iterations=1, in_steps=in_steps)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_the_shrinkage_is_zero_in_the_dead_zone_and_nowhere_else():
@@ -130,6 +173,7 @@ def test_refusals():
         ({"group_size": 0}, "group_size 0: choose a positive number"),
         ({"p": 2.0}, "p 2.0, beta 10.0: p lies above 0 and is at most 1"),
         ({"iterations": -1}, "iterations -1: choose 0 or more"),
+        ({"shrink_in": "bits"}, "shrink_in 'bits': choose one of weights, steps"),
         ({"scale_dtype": "int8"}, "scale_dtype 'int8': choose one of float16, float32"),
     ):
         with pytest.raises(ValueError, match=text):

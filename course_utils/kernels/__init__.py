@@ -3,6 +3,7 @@
 from course_utils.kernels.fixed_point import quantize_multiplier, requantize
 from course_utils.kernels.int8 import int8_matmul, int8_matmul_zero_points
 from course_utils.kernels.packing import pack, unpack
+from course_utils.kernels.slices import pack_slices, unpack_slices
 from course_utils.kernels.ternary import add_subtract, pack_trits, unpack_trits
 
 __all__ = [
@@ -10,9 +11,11 @@ __all__ = [
     "int8_matmul",
     "int8_matmul_zero_points",
     "pack",
+    "pack_slices",
     "pack_trits",
     "quantize_multiplier",
     "requantize",
     "unpack",
+    "unpack_slices",
     "unpack_trits",
 ]

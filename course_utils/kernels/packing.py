@@ -25,15 +25,22 @@ def pack(codes: Tensor, n_bits: int) -> Tensor:
         raise TypeError(f"codes to pack are integers, got {codes.dtype}: round them first")
     if codes.ndim == 0:
         raise ValueError("codes to pack are [..., n], got a scalar: give it a dimension")
-    codes = codes.long()
-    bad = codes[(codes < 0) | (codes >= 2**n_bits)]
-    if len(bad):
+    if codes.numel() and (codes.min() < 0 or codes.max().item() >= 2**n_bits):
+        codes = codes.long()
+        bad = codes[(codes < 0) | (codes >= 2**n_bits)]
         raise ValueError(
             f"code {bad[0].item()} does not fit into {n_bits} bits (0..{2**n_bits - 1}): "
             "shift signed codes to start at 0, or take more bits"
         )
     n = codes.shape[-1]
     groups = -(-n // group_codes)
+    if group_bytes == 1:  # no code lies in two bytes, so that bytes are wide enough to work in
+        codes = pad(codes.to(torch.uint8), (0, groups * group_codes - n))
+        packed = codes[..., ::group_codes].clone()
+        for i in range(1, group_codes):
+            packed |= codes[..., i::group_codes] << i * n_bits
+        return packed
+    codes = codes.long()
     codes = pad(codes, (0, groups * group_codes - n)).unflatten(-1, (groups, group_codes))
     words = (codes << _steps(group_codes, n_bits, codes)).sum(-1, keepdim=True)
     packed = (words >> _steps(group_bytes, 8, codes)) & 255

@@ -30,6 +30,7 @@ from course_utils.kernels import pack, unpack
 WIDTHS = (1, 2, 3, 4, 8)
 NARROW = 1e-4  # a group that spans no more gets the inverse scale 1
 LARGEST = 2e4  # of an inverse scale, so that it fits into float16
+PIECE = 512  # groups that the solver works on at a time
 
 
 def shrink(x: Tensor, beta: float, p: float) -> Tensor:
@@ -44,24 +45,48 @@ def dead_zone(beta: float, p: float) -> float:
 
 
 def solve(
-    W: Tensor, inverse: Tensor, Z: Tensor, top: int, *, p: float, beta: float, iterations: int
+    W: Tensor,
+    inverse: Tensor,
+    Z: Tensor,
+    top: int,
+    *,
+    p: float,
+    beta: float,
+    iterations: int,
+    in_steps: bool = False,
 ) -> tuple[Tensor, list[float]]:
     """Zero points `[groups, 1]` for `W` `[groups, size]`, and the mean |error| at the start of each turn.
 
     `inverse` `[groups, 1]` is 1 / S, `Z` the zero points to begin with, `top` the largest code. It ends
     with the first turn that begins no better than the best one, and keeps the zero points of its end, as the
-    package does.
+    package does. `in_steps` shrinks the errors as multiples of their group's step S, and not as they are:
+    then weights c W have the zero points of W. `chronology/hqq_demo` derives it; the package has no such way.
     """
-    scaled, errors, limit = W * inverse, [], dead_zone(beta, p)
+    low, high = W.aminmax(dim=1, keepdim=True)
+    pieces = [  # so small that they stay in the cache from one operation to the next
+        (w, w * scale, scale, torch.empty_like(w), torch.empty_like(w))
+        for w, scale in zip(W.split(PIECE), inverse.split(PIECE), strict=True)
+    ]
+    errors = []
     for _ in range(iterations):
-        codes = (scaled + Z).round_().clamp_(0, top)  # [groups, size]
-        off = W - (codes - Z) / inverse
-        errors.append(off.abs().mean().item())
-        # `shrink` costs most of a turn, and nearly always makes nothing but zeros.
-        low, high = off.aminmax()
-        exact = max(-low, high) <= 0.999 * limit  # E is 0
-        target = scaled if exact else (W - shrink(off, beta, p)) * inverse
-        Z = (codes - target).mean(1, keepdim=True)
+        # Inside the grid a weight is off by half a step at most, outside by how far it lies out.
+        bound = torch.maximum(high * inverse + Z - top, -low * inverse - Z).clamp(min=0.5)
+        bound = (bound if in_steps else bound / inverse).max()
+        shrinks = not bound <= 0.999 * dead_zone(beta, p)  # `shrink` costs most, and is mostly 0
+        sums, found = [], []
+        for (w, scaled, scale, codes, off), zero in zip(pieces, Z.split(PIECE), strict=True):
+            torch.add(scaled, zero, out=codes).round_().clamp_(0, top)  # [groups, size]
+            torch.sub(codes, zero, out=off).div_(scale)
+            torch.sub(w, off, out=off)
+            target = scaled
+            if shrinks and in_steps:
+                target = scaled - shrink(off * scale, beta, p)
+            elif shrinks:
+                target = (w - shrink(off, beta, p)) * scale
+            sums.append(off.abs_().sum())
+            found.append(codes.sub_(target).mean(1, keepdim=True))
+        Z = torch.cat(found)
+        errors.append(torch.stack(sums).double().sum().item() / W.numel())
         if errors[-1] >= min(errors[:-1], default=torch.inf):
             break
     return Z, errors
@@ -108,7 +133,8 @@ class HQQ(Method):
 
     `n_bits`: 1, 2, 3, 4 or 8. `axis`: 1 for groups along the rows, 0 across them (see `HQQWeight`).
     `p`, `beta`, `iterations`: the solver's norm, penalty and most turns; 0 turns are round-to-nearest with a
-    float zero point, rounded at 4 bits as in the package.
+    float zero point, rounded at 4 bits as in the package. `shrink_in`: "weights" shrinks errors as they are,
+    as published, "steps" as multiples of their group's step, which makes scaled weights give scaled results.
     """
 
     n_bits: int = 4
@@ -117,13 +143,15 @@ class HQQ(Method):
     p: float = 0.7
     beta: float = 10.0
     iterations: int = 20
+    shrink_in: Literal["weights", "steps"] = "weights"
     scale_dtype: Literal["float16", "float32"] = "float16"
     name: ClassVar[str] = "hqq"
     weight_type: ClassVar[type] = HQQWeight
 
     def __post_init__(self):
         for setting, choices in {
-            "n_bits": WIDTHS, "axis": (0, 1), "scale_dtype": ("float16", "float32"),
+            "n_bits": WIDTHS, "axis": (0, 1), "shrink_in": ("weights", "steps"),
+            "scale_dtype": ("float16", "float32"),
         }.items():  # fmt: skip
             value = getattr(self, setting)
             if value not in choices or isinstance(value, bool):
@@ -165,7 +193,7 @@ class HQQ(Method):
         groups, top = self.groups(weight), 2**self.n_bits - 1
         inverse, Z = self.start(groups)
         solver = {"p": self.p, "beta": self.beta, "iterations": self.iterations}
-        Z, _ = solve(groups, inverse, Z, top, **solver)
+        Z, _ = solve(groups, inverse, Z, top, **solver, in_steps=self.shrink_in == "steps")
         codes = (groups * inverse + Z).round_().clamp_(0, top)
         scale = stored_scale(1 / inverse, self.scale_dtype)
         return HQQWeight(

@@ -10,6 +10,7 @@ from course_utils.plotting.diagrams.codebooks import (
 )
 from course_utils.plotting.diagrams.flows import fake_quantization_paths, integer_data_flow
 from course_utils.plotting.diagrams.matrices import activation_heatmap, four_matrices, gptq_steps
+from course_utils.plotting.diagrams.slices import slices_in_words
 from course_utils.plotting.diagrams.storage import bits_in_bytes, grids_on_a_line
 from course_utils.plotting.diagrams.walks import block_walk
 
@@ -25,4 +26,5 @@ __all__ = [
     "integer_data_flow",
     "nibbles_in_bytes",
     "quantile_levels",
+    "slices_in_words",
 ]

@@ -46,3 +46,22 @@ def bench_quantize(
             typer.echo(line)
         else:
             console.print(line)
+
+
+@app.command("layer")
+def bench_layer(
+    method: Annotated[str, typer.Argument(help="Whose library is installed: hqq.")] = "hqq",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each, in turns.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="Default: as torch chooses.")] = None,
+) -> None:
+    """Quantize one weight of 768 x 3072 by a method and by its library: the same codes, in which time?
+
+    `course results accept --profile bench` takes the values over. Example: `course bench layer hqq`.
+    """
+    import torch
+
+    from course_utils.tools.bench.layer import bench_layer as run
+    from course_utils.tools.notebooks.pairs import course_root
+
+    for line in run(course_root(), method, repeats, threads or torch.get_num_threads()):
+        typer.echo(line)
