@@ -1,0 +1,188 @@
+"""Products with packed codes whose values are given group by group: uniform grids, and codebooks of 16.
+
+The torch code is the reference; on a CPU with a C++ compiler `cpu.cpp` computes the same, without ever
+holding the float weight (`compiled.py` says how to choose).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from course_utils.kernels.compiled import is_compiled, library
+from course_utils.kernels.packing import unpack
+
+TILES = (128, 64, 32)  # codes that `cpu.cpp` reads at a time
+COMPILED_WIDTHS = (2, 3, 4, 8)
+PREFILL = 16  # from so many inputs on, a tile of rows is decoded and multiplied by BLAS
+DECODED = 2**20  # weights that are decoded at a time then: 4 MB
+
+
+@dataclass(frozen=True)
+class GroupedCodes:
+    """Packed codes `[out, columns]` that share a scale in groups of neighbours.
+
+    Code q stands for (q - zero) * scale, or with a `codebook` for codebook[q] * scale. Raises ValueError or
+    TypeError for shapes, dtypes and devices that do not agree.
+    """
+
+    codes: Tensor  # uint8 [out, bytes], each row packed (`packing.pack`)
+    scale: Tensor  # float32 [out, groups]
+    zero: Tensor | None  # float32 [out, groups]
+    codebook: Tensor | None  # float32 [16], for 4 bits
+    n_bits: int
+    columns: int
+
+    def __post_init__(self):
+        out, groups = self.scale.shape
+        expected = {
+            "codes": (self.codes, torch.uint8, (out, -(-self.columns * self.n_bits // 8))),
+            "scale": (self.scale, torch.float32, (out, groups)),
+        }
+        if (self.zero is None) == (self.codebook is None):
+            raise ValueError("codes have either zero points or a codebook")
+        if self.codebook is None:
+            expected["zero"] = self.zero, torch.float32, (out, groups)
+        else:
+            expected["codebook"] = self.codebook, torch.float32, (16,)
+            if self.n_bits != 4:
+                raise ValueError(f"a codebook has 16 values, for 4 bits, got n_bits {self.n_bits}")
+        for name, (tensor, dtype, shape) in expected.items():
+            if tensor.dtype != dtype:
+                raise TypeError(f"{name} is {dtype}, got {tensor.dtype}")
+            if tensor.shape != shape:
+                raise ValueError(f"{name} is {shape}, got {tuple(tensor.shape)}")
+            if tensor.device != self.codes.device:
+                raise ValueError(f"codes are on {self.codes.device}, {name} on {tensor.device}")
+        if self.columns % groups:
+            raise ValueError(f"{groups} groups do not divide {self.columns} columns")
+
+    @property
+    def tile(self) -> int | None:
+        """Codes that the compiled product reads at a time, or None where it has no code for this weight."""
+        width = self.columns // self.scale.shape[1]
+        tiles = [tile for tile in TILES if width % tile == 0]
+        return tiles[0] if tiles and self.n_bits in COMPILED_WIDTHS else None
+
+    def dequantize(self) -> Tensor:
+        """The weight `[out, columns]` in float32."""
+        q = unpack(self.codes, self.n_bits, self.columns).unflatten(1, (self.scale.shape[1], -1))
+        scale = self.scale[..., None]
+        if self.codebook is not None:
+            return (self.codebook[q.int()] * scale).flatten(1)
+        return ((q - self.zero[..., None]) * scale).flatten(1)
+
+
+def backend(weight: GroupedCodes) -> Literal["torch", "compiled"]:
+    """What multiplies with `weight`: as `COURSE_KERNELS` says, its device, and its shape."""
+    has_code = weight.tile is not None and is_compiled(weight.codes.device)
+    return "compiled" if has_code else "torch"
+
+
+def grouped_linear(
+    x: Tensor, weight: GroupedCodes, *, inputs: Literal["float", "int8"] = "float"
+) -> Tensor:
+    """`x @ W.T` for float `x` `[tokens, columns]`, `[tokens, out]` in the dtype of `x`.
+
+    With `inputs` "int8" each tile of a token's inputs (`rounded_inputs`) is first rounded to 8 bits. Raises
+    ValueError or TypeError for an `x` of another shape, dtype or device.
+    """
+    if x.ndim != 2 or x.shape[1] != weight.columns:
+        raise ValueError(f"inputs are [tokens, {weight.columns}], got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"inputs are float, got {x.dtype}")
+    if x.device != weight.codes.device:
+        raise ValueError(f"inputs are on {x.device}, codes on {weight.codes.device}")
+    if inputs not in ("float", "int8"):
+        raise ValueError(f"inputs {inputs!r}: choose 'float' or 'int8'")
+    if backend(weight) == "torch":
+        if inputs == "int8":
+            x = rounded_inputs(x, _tile(weight))
+        return F.linear(x, weight.dequantize().to(x.dtype))
+    values = x.detach().float().contiguous()
+    if inputs == "int8" and not _has_integer_code(values, weight):
+        values, inputs = rounded_inputs(values, weight.tile), "float"
+    if len(x) > PREFILL:
+        return _by_decoded_rows(values, weight).to(x.dtype)
+    product = _int8_product if inputs == "int8" else _float_product
+    return product(values, weight).to(x.dtype)
+
+
+def _has_integer_code(x: Tensor, weight: GroupedCodes) -> bool:
+    """Whether `cpu.cpp` multiplies integers here; a NaN or an infinity in `x` has no integer code either."""
+    takes = weight.n_bits != 3 and weight.codebook is None and len(x) <= PREFILL
+    return takes and bool(x.isfinite().all())
+
+
+def rounded_inputs(x: Tensor, tile: int) -> Tensor:
+    """`x` `[tokens, columns]` with each `tile` of a token on a grid of its own: largest magnitude / 127."""
+    tiles = x.unflatten(1, (-1, tile)).float()
+    largest = tiles.abs().amax(2, keepdim=True)
+    codes = (tiles * torch.where(largest > 0, 127 / largest, 0)).round()
+    return (codes * (largest / 127)).flatten(1).to(x.dtype)
+
+
+def _tile(weight: GroupedCodes) -> int:
+    """What of a token shares a scale in int8, also where `cpu.cpp` has no code: a whole group at worst."""
+    return weight.tile or weight.columns // weight.scale.shape[1]
+
+
+def _ordered(x: Tensor, codes_of_word: int, tile: int) -> Tensor:
+    """`x` in the order in which `cpu.cpp` cuts codes out of a tile: by their place in the words."""
+    words = x.unflatten(1, (-1, tile // codes_of_word, codes_of_word))
+    return words.transpose(2, 3).contiguous()
+
+
+def _codes_of_word(n_bits: int) -> int:
+    return 8 if n_bits == 3 else 32 // n_bits
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _of_weight(weight: GroupedCodes) -> tuple:
+    tensors = weight.codes, weight.scale, weight.zero, weight.codebook
+    if not all(tensor is None or tensor.is_contiguous() for tensor in tensors):
+        raise ValueError(
+            "codes, scale, zero and codebook have to be contiguous: call .contiguous()"
+        )
+    shape = len(weight.codes), weight.columns, weight.scale.shape[1]
+    return *map(_pointer, tensors), *shape, weight.n_bits, weight.tile
+
+
+def _float_product(x: Tensor, weight: GroupedCodes) -> Tensor:
+    y = x.new_empty(len(x), len(weight.codes))
+    ordered = _ordered(x, _codes_of_word(weight.n_bits), weight.tile)
+    sums = x.unflatten(1, (-1, weight.tile)).sum(2)
+    pointers = map(_pointer, (ordered, sums, y))
+    library().float_product(*_of_weight(weight), *pointers, len(x), torch.get_num_threads())
+    return y
+
+
+def _int8_product(x: Tensor, weight: GroupedCodes) -> Tensor:
+    y = x.new_empty(len(x), len(weight.codes))
+    ordered = _ordered(x, 16 // weight.n_bits, weight.tile)
+    tiles = x.numel() // weight.tile
+    codes = torch.empty(x.shape, dtype=torch.int16)
+    scale, sums = torch.empty(2, tiles)
+    library().int8_inputs(*map(_pointer, (ordered, codes, scale, sums)), tiles, weight.tile)
+    pointers = map(_pointer, (codes, scale, sums, y))
+    library().int8_product(*_of_weight(weight), *pointers, len(x), torch.get_num_threads())
+    return y
+
+
+def _by_decoded_rows(x: Tensor, weight: GroupedCodes) -> Tensor:
+    """Some rows are decoded at a time, in the order of the codes; BLAS multiplies, and they are forgotten."""
+    out = len(weight.codes)
+    y = x.new_empty(len(x), out)
+    ordered = _ordered(x, _codes_of_word(weight.n_bits), weight.tile).flatten(1)
+    some = max(1, min(out, DECODED // weight.columns))
+    rows, of_weight = x.new_empty(some, weight.columns), _of_weight(weight)
+    for first in range(0, out, some):
+        count = min(some, out - first)
+        library().decode(*of_weight, _pointer(rows), first, count, torch.get_num_threads())
+        y[:, first : first + count] = ordered @ rows[:count].T
+    return y
