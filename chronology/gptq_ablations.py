@@ -25,7 +25,7 @@
 # - say what grids, damping, the order of the columns and the choice of inputs do there, and how many bits they store;
 # - explain with a layer's Hessian why the order matters so much more in SmolLM2.
 #
-# It takes about 45 minutes to read and work. You need `gptq_demo`. No profile needs a GPU; `quick` runs in about a minute, `cpu` in under ten.
+# It takes about 45 minutes to read and work. You need `gptq_demo`. No profile needs a GPU; `quick` runs in about a minute, `cpu` in about five on two cores.
 
 # %% tags=["setup"]
 # Set-up: installs the course's package where it is missing, as on Colab.

@@ -194,6 +194,35 @@ def test_build_again_does_nothing_until_something_changes(built):
     assert first["cells"] == second["cells"]
 
 
+def test_build_keeps_the_outputs_where_only_text_changed(built, monkeypatch):
+    def no_execution(*_, **__):
+        raise AssertionError("it was executed")
+
+    monkeypatch.setattr(building, "execute", no_execution)
+    before = building.read(built)
+    change(built, section="# %% [markdown]\n# ## A section\n# Told in other words [@known2022].")
+    assert building.build(built) == "text"
+    nb = building.read(built)
+    assert check(built) == []
+    assert "Told in other words" in "".join(cell.source for cell in nb.cells)
+    assert printed(nb) == printed(before)
+    kept = {"profile", "versions", "recorded", "package"}
+    assert all(nb.metadata["course"][key] == before.metadata["course"][key] for key in kept)
+    with pytest.raises(AssertionError, match="it was executed"):
+        building.build(built, force=True)
+    change(built, work="# %%\nprint(1)")
+    with pytest.raises(AssertionError, match="it was executed"):
+        building.build(built)
+
+
+def test_new_text_with_a_number_that_no_run_recorded_is_refused(built):
+    before = built.ipynb.read_bytes()
+    change(built, section="# %% [markdown]\n# ## A section\n# {{none}} in the recorded run.")
+    with pytest.raises(NotebookFailed, match=r"none.*recorded by no run"):
+        building.build(built)
+    assert built.ipynb.read_bytes() == before
+
+
 def test_build_that_fails_leaves_the_notebook(built):
     before = built.ipynb.read_bytes()
     change(built, work="# %%\n1 / 0")

@@ -63,9 +63,10 @@ def build(
 ) -> None:
     """Build notebooks from their scripts, executed in the profile cpu.
 
-    Only those are built whose script, or a file of the package that they use, changed. After a change of
-    the package that leaves the results as they are, `--verify` runs the profile quick instead: where all
-    checked outputs and recorded values agree, it renews the stamp, and leaves the outputs.
+    Only those are built whose script, or a file of the package that they use, changed; where no code did,
+    the outputs stay, and nothing is executed. After a change of the package that leaves the results as they
+    are, `--verify` runs the profile quick instead: where all checked outputs and recorded values agree, it
+    renews the stamp, and leaves the outputs.
     Examples: `course build`; `course build llm_int8_demo --force`; `course build --verify`.
     """
     from course_utils.tools.notebooks import build as building
@@ -80,7 +81,9 @@ def build(
         typer.echo(f"{notebook.name} ... ", nl=False)
         start = time.monotonic()
         built = building.build(notebook, force=force)
-        typer.echo(f"built in {time.monotonic() - start:.0f} s" if built else "is up to date")
+        seconds = f"{time.monotonic() - start:.0f} s"
+        told = {"code": f"built in {seconds}", "text": "its text is new, its outputs stay"}
+        typer.echo(told.get(built, "is up to date"))
 
 
 def _verify(notebooks: list["Notebook"]) -> None:

@@ -1,5 +1,7 @@
 """Building the committed notebooks from their scripts."""
 
+from typing import Literal
+
 import nbformat
 from nbformat import NotebookNode
 
@@ -15,19 +17,28 @@ PROFILE = "cpu"  # the profile whose outputs are committed
 WIDGETS = "application/vnd.jupyter.widget-view+json"
 
 
-def build(notebook: Notebook, *, force: bool = False) -> bool:
+def build(notebook: Notebook, *, force: bool = False) -> Literal["code", "text"] | None:
     """Write the standard cells into the script, then the executed notebook beside it.
 
-    Returns whether it was built: a notebook whose stamp is that of today is left alone unless
-    `force`. Raises `NotebookFailed`, and then leaves the notebook as it was.
+    Returns what was built anew. A notebook whose stamp is that of today is left alone (None), and one whose
+    text alone changed keeps the outputs of its code ("text"), unless `force`. Raises `NotebookFailed`, and
+    then leaves the notebook as it was.
     """
     script = notebook.script.read_text(encoding="utf-8")
     standard = write_standard_cells(script, notebook.name)
     if standard != script:
         notebook.script.write_text(standard, encoding="utf-8", newline="\n")
     today = stamp(notebook)
-    if not force and notebook.ipynb.exists() and built_from(read(notebook)) == today:
-        return False
+    if not force and notebook.ipynb.exists():
+        built = read(notebook)
+        if built_from(built) == today:
+            return None
+        if built_from(built).get("package") == today["package"]:
+            nb = _with_outputs_of(built, from_script(notebook), notebook.name)
+            if nb is not None:
+                nb.metadata["course"] = built.metadata["course"] | today
+                write(nb, notebook)
+                return "text"
     runs = notebook.root / "runs" / PROFILE
     out = runs / f"{notebook.name}.ipynb"
     nb = execute(from_script(notebook), notebook.name, out, profile=PROFILE, runs=runs)
@@ -39,7 +50,24 @@ def build(notebook: Notebook, *, force: bool = False) -> bool:
         "profile": PROFILE, **today, "versions": versions(), "recorded": entries
     }  # fmt: skip
     write(nb, notebook)
-    return True
+    return "code"
+
+
+def _with_outputs_of(built: NotebookNode, nb: NotebookNode, name: str) -> NotebookNode | None:
+    """`nb` as readers get it, with the outputs of `built`; None if its code is other code."""
+    entries = built.metadata["course"]["recorded"]
+    problems = unfilled(nb, entries)
+    nb = readers_version(canonical(nb), entries)
+    cells, executed = (
+        [cell for cell in of.cells if cell.cell_type == "code"] for of in (nb, built)
+    )
+    if [cell.source for cell in cells] != [cell.source for cell in executed]:
+        return None
+    if problems:
+        raise NotebookFailed(f"{name}, {'; '.join(problems)}. It was recorded by no run.")
+    for cell, before in zip(cells, executed, strict=True):
+        cell.outputs, cell.execution_count = before.outputs, before.execution_count
+    return nb
 
 
 def write(nb: NotebookNode, notebook: Notebook) -> None:
