@@ -19,12 +19,13 @@ from course_utils.kernels.int8 import _in_float_pieces
 SHAPES = st.sampled_from([(1, 1, 32), (3, 2, 32), (5, 1, 96), (2, 3, 64), (7, 1, 128), (4, 2, 256)])
 
 
-def a_weight(out, groups, width, n_bits, seed, codebook=None):
+def a_weight(out, groups, width, n_bits, seed, codebook=None, high_first=False):
     draw = torch.Generator().manual_seed(seed)
     codes = torch.randint(2**n_bits, (out, groups * width), generator=draw)
     scale = torch.rand(out, groups, generator=draw) + 0.1
     zero = torch.rand(out, groups, generator=draw) * 2**n_bits if codebook is None else None
-    return GroupedCodes(pack(codes, n_bits), scale, zero, codebook, n_bits, groups * width)
+    packed = pack(codes, n_bits)
+    return GroupedCodes(packed, scale, zero, codebook, n_bits, groups * width, high_first)
 
 
 def relative(found, expected):
@@ -45,12 +46,19 @@ def test_the_compiled_product_is_the_reference(shape, n_bits, tokens, seed):
 
 
 @settings(deadline=None, max_examples=20)
-@given(SHAPES, st.integers(1, 40), st.integers(0, 99))
-def test_a_codebook_of_16_values(shape, tokens, seed):
-    weight = a_weight(*shape, 4, seed, codebook=NF4)
+@given(SHAPES, st.booleans(), st.integers(1, 40), st.integers(0, 99))
+def test_a_codebook_of_16_values(shape, high_first, tokens, seed):
+    weight = a_weight(*shape, 4, seed, codebook=NF4, high_first=high_first)
     x = torch.randn(tokens, weight.columns, generator=torch.Generator().manual_seed(seed))
     expected = x @ weight.dequantize().T
     assert relative(grouped_linear(x, weight), expected) < 1e-5
+
+
+def test_the_first_of_two_codes_is_the_high_half_on_request():
+    codes = torch.tensor([[0x21]], dtype=torch.uint8)
+    parts = torch.ones(1, 1), torch.zeros(1, 1), None, 4, 2
+    assert GroupedCodes(codes, *parts).dequantize().tolist() == [[1, 2]]
+    assert GroupedCodes(codes, *parts, high_first=True).dequantize().tolist() == [[2, 1]]
 
 
 @pytest.mark.parametrize("n_bits", [2, 3, 4, 8])

@@ -2,9 +2,9 @@
 
 Nothing is compiled at import. The library is kept in the course's cache under a name that holds the
 source, the flags, and all that the compiler says of itself and of the processor, so that another compiler
-or machine gets its own. Where the cache cannot be written it is built for this process alone. Without a compiler torch
-computes the same, more slowly; one warning says so. `COURSE_KERNELS` chooses: "auto" (default), "torch", or
-"compiled", which raises `NoCompiler` where there is none.
+or machine gets its own. Where the cache cannot be written it is built for this process alone. Without a
+compiler torch computes the same, more slowly; one warning says so. `COURSE_KERNELS` chooses: "auto"
+(default), "torch", or "compiled", which raises `NoCompiler` where there is none.
 """
 
 import ctypes
@@ -108,7 +108,7 @@ def _loaded(folder: Path) -> ctypes.CDLL:
 
 
 def _compiler() -> tuple[str, tuple[str, ...], bytes]:
-    """The compiler, the first of `CHOICES` that it takes, and its macros, which tell version and processor."""
+    """The compiler, the first of `CHOICES` that it takes, and its macros: they tell version and processor."""
     asked = os.environ.get("CXX")
     tried = [asked] if asked else COMPILERS
     for name in filter(None, map(shutil.which, tried)):

@@ -24,8 +24,9 @@ DECODED = 2**20  # weights that are decoded at a time then: 4 MB
 class GroupedCodes:
     """Packed codes `[out, columns]` that share a scale in groups of neighbours.
 
-    Code q stands for (q - zero) * scale, or with a `codebook` for codebook[q] * scale. Raises ValueError or
-    TypeError for shapes, dtypes and devices that do not agree.
+    Code q stands for (q - zero) * scale, or with a `codebook` for codebook[q] * scale. With `high_first` the
+    first of two 4-bit codes is the high half of its byte, as bitsandbytes packs; else the low half, as
+    `packing.pack` does. Raises ValueError or TypeError for shapes, dtypes and devices that do not agree.
     """
 
     codes: Tensor  # uint8 [out, bytes], each row packed (`packing.pack`)
@@ -34,6 +35,7 @@ class GroupedCodes:
     codebook: Tensor | None  # float32 [16], for 4 bits
     n_bits: int
     columns: int
+    high_first: bool = False
 
     def __post_init__(self):
         out, groups = self.scale.shape
@@ -47,8 +49,8 @@ class GroupedCodes:
             expected["zero"] = self.zero, torch.float32, (out, groups)
         else:
             expected["codebook"] = self.codebook, torch.float32, (16,)
-            if self.n_bits != 4:
-                raise ValueError(f"a codebook has 16 values, for 4 bits, got n_bits {self.n_bits}")
+        if self.n_bits != 4 and (self.high_first or self.codebook is not None):
+            raise ValueError(f"codebooks and high_first are for 4 bits, got n_bits {self.n_bits}")
         for name, (tensor, dtype, shape) in expected.items():
             if tensor.dtype != dtype:
                 raise TypeError(f"{name} is {dtype}, got {tensor.dtype}")
@@ -68,7 +70,10 @@ class GroupedCodes:
 
     def dequantize(self) -> Tensor:
         """The weight `[out, columns]` in float32."""
-        q = unpack(self.codes, self.n_bits, self.columns).unflatten(1, (self.scale.shape[1], -1))
+        q = unpack(self.codes, self.n_bits, self.columns)
+        if self.high_first:
+            q = q.unflatten(1, (-1, 2)).flip(2).flatten(1)
+        q = q.unflatten(1, (self.scale.shape[1], -1))
         scale = self.scale[..., None]
         if self.codebook is not None:
             return (self.codebook[q.int()] * scale).flatten(1)
@@ -129,9 +134,11 @@ def _tile(weight: GroupedCodes) -> int:
     return weight.tile or weight.columns // weight.scale.shape[1]
 
 
-def _ordered(x: Tensor, codes_of_word: int, tile: int) -> Tensor:
+def _ordered(x: Tensor, weight: GroupedCodes, codes_of_word: int) -> Tensor:
     """`x` in the order in which `cpu.cpp` cuts codes out of a tile: by their place in the words."""
-    words = x.unflatten(1, (-1, tile // codes_of_word, codes_of_word))
+    words = x.unflatten(1, (-1, weight.tile // codes_of_word, codes_of_word))
+    if weight.high_first:
+        words = words.unflatten(3, (-1, 2)).flip(4).flatten(3)
     return words.transpose(2, 3).contiguous()
 
 
@@ -155,7 +162,7 @@ def _of_weight(weight: GroupedCodes) -> tuple:
 
 def _float_product(x: Tensor, weight: GroupedCodes) -> Tensor:
     y = x.new_empty(len(x), len(weight.codes))
-    ordered = _ordered(x, _codes_of_word(weight.n_bits), weight.tile)
+    ordered = _ordered(x, weight, _codes_of_word(weight.n_bits))
     sums = x.unflatten(1, (-1, weight.tile)).sum(2)
     pointers = map(_pointer, (ordered, sums, y))
     library().float_product(*_of_weight(weight), *pointers, len(x), torch.get_num_threads())
@@ -164,7 +171,7 @@ def _float_product(x: Tensor, weight: GroupedCodes) -> Tensor:
 
 def _int8_product(x: Tensor, weight: GroupedCodes) -> Tensor:
     y = x.new_empty(len(x), len(weight.codes))
-    ordered = _ordered(x, 16 // weight.n_bits, weight.tile)
+    ordered = _ordered(x, weight, 16 // weight.n_bits)
     tiles = x.numel() // weight.tile
     codes = torch.empty(x.shape, dtype=torch.int16)
     scale, sums = torch.empty(2, tiles)
@@ -178,7 +185,7 @@ def _by_decoded_rows(x: Tensor, weight: GroupedCodes) -> Tensor:
     """Some rows are decoded at a time, in the order of the codes; BLAS multiplies, and they are forgotten."""
     out = len(weight.codes)
     y = x.new_empty(len(x), out)
-    ordered = _ordered(x, _codes_of_word(weight.n_bits), weight.tile).flatten(1)
+    ordered = _ordered(x, weight, _codes_of_word(weight.n_bits)).flatten(1)
     some = max(1, min(out, DECODED // weight.columns))
     rows, of_weight = x.new_empty(some, weight.columns), _of_weight(weight)
     for first in range(0, out, some):
