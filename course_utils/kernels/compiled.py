@@ -34,12 +34,11 @@ FLAGS = (
 # The first that the compiler takes: this very processor and threads; threads; neither.
 CHOICES = (("-march=native", "-fopenmp"), ("-fopenmp",), ())
 P, L, I = c_void_p, c_int64, c_int  # noqa: E741
-# codes, scale, zero, codebook, rows, columns, groups, bits, tile
-WEIGHT = (P, P, P, P, L, L, L, I, I)
+# codes, scale, zero, codebook, rows, columns, groups, bits, tile, high_first
+WEIGHT = (P, P, P, P, L, L, L, I, I, I)
 SIGNATURES = {
-    "float_product": (*WEIGHT, P, P, P, L, I),
-    "int8_product": (*WEIGHT, P, P, P, P, L, I),
-    "int8_inputs": (P, P, P, P, L, I),
+    "float_product": (*WEIGHT, P, P, L, I),
+    "int8_product": (*WEIGHT, P, P, L, I),
     "decode": (*WEIGHT, P, L, L, I),
     "int8_matmul": (P, P, P, L, L, L, I),
 }
@@ -103,7 +102,7 @@ def _loaded(folder: Path) -> ctypes.CDLL:
     for name, arguments in SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes = arguments
-        function.restype = None if name in ("int8_inputs", "int8_matmul") else c_int
+        function.restype = None if name == "int8_matmul" else c_int
     return loaded
 
 

@@ -3,8 +3,8 @@
 // A weight [rows, columns] is a bit stream for each row (packing.py). It is read in tiles of TILE codes, and
 // a tile in words. One shift and one mask cut a code out of each word of the tile, for all words at once:
 // that is what vector units do well. The codes come out in another order than they are stored in: first those
-// at bit 0 of their words, then those at the next place, and so on. The caller puts the inputs into the same
-// order, once a call, and so no code has to move.
+// at bit 0 of their words, then those at the next place, and so on. The inputs are put into the same order,
+// once a call, and so no code has to move.
 //
 // A code q stands for (q - zero) * scale, both of its group, or for codebook[q] * scale. With x_sum the sum of
 // a tile's inputs, what the tile adds to an output is
@@ -17,6 +17,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace {
 
@@ -126,11 +127,40 @@ inline void float_row(const Weight& W, int64_t row, const float* x, const float*
   }
 }
 
+// A tile of inputs in the order of its codes. Where two codes share a byte, the first is the low half of it, or
+// with `high_first` the high one.
+inline void order(const float* x, float* ordered, int tile, int codes_of_word, bool high_first) {
+  const int count = tile / codes_of_word;
+  for (int c = 0; c < codes_of_word; c++)
+    for (int w = 0; w < count; w++)
+      ordered[c * count + w] = x[w * codes_of_word + (high_first ? c ^ 1 : c)];
+}
+
+// Inputs in int8: each tile has a scale, its largest magnitude / 127. Codes are rounded to even at ties, and
+// held as int16, which the products want.
 struct Inputs {
   const int16_t* codes;  // [m, columns], -127 to 127
   const float* scale;    // [m, tiles]
   const float* sum;      // [m, tiles]: of the codes
 };
+
+// Whether it could: false for NaN and infinity, which have no code.
+inline bool to_int8(const float* x, int16_t* codes, float* scale, float* sum, int tile) {
+  float largest = 0, total = 0;
+  for (int j = 0; j < tile; j++) {
+    if (!std::isfinite(x[j])) return false;
+    largest = std::fmax(largest, std::fabs(x[j]));
+  }
+  const float inverse = largest > 0 ? 127 / largest : 0;
+  for (int j = 0; j < tile; j++) {
+    const float code = std::nearbyint(x[j] * inverse);
+    codes[j] = int16_t(code);
+    total += code;
+  }
+  *scale = largest / 127;
+  *sum = total;
+  return true;
+}
 
 // The same with integer inputs, in words of 16 bits. No sum of a tile's products at one place of the words
 // leaves 16 bits: at 4 bits it is 4 * 15 * 127 at most; 8-bit codes are taken less 128, which makes
@@ -236,60 +266,56 @@ int with_bits(int bits, F f) {
 
 }  // namespace
 
-// What is int returns 0, or 1 for bits or a tile that there is no code for.
+// What is int returns 0; 1 for bits or a tile that there is no code for; 2 for inputs that have no int8 code.
 extern "C" {
 
-// y [m, rows] = x [m, columns] times the weight's transpose; x in the order of the codes, x_sum [m, tiles].
+// y [m, rows] = x [m, columns] times the weight's transpose.
 int float_product(const uint8_t* codes, const float* scale, const float* zero, const float* codebook,
-                  int64_t rows, int64_t columns, int64_t groups, int bits, int tile, const float* x,
-                  const float* x_sum, float* y, int64_t m, int threads) {
+                  int64_t rows, int64_t columns, int64_t groups, int bits, int tile, int high_first,
+                  const float* x, float* y, int64_t m, int threads) {
   const Weight W = {codes, scale, zero, codebook, rows, columns, groups};
+  const int64_t tiles = m * columns / tile;
+  std::vector<float> ordered(m * columns), sums(tiles);
+  for (int64_t t = 0; t < tiles; t++) {
+    float* own = ordered.data() + t * tile;
+    order(x + t * tile, own, tile, bits == 3 ? 8 : 32 / bits, high_first);
+    for (int j = 0; j < tile; j++) sums[t] += own[j];
+  }
   return with_bits(bits, [&](auto b) {
     return with_tile(tile, [&](auto t) {
       if (codebook)
-        float_rows<b.value, t.value, true>(W, x, x_sum, y, m, threads);
+        float_rows<b.value, t.value, true>(W, ordered.data(), sums.data(), y, m, threads);
       else
-        float_rows<b.value, t.value, false>(W, x, x_sum, y, m, threads);
+        float_rows<b.value, t.value, false>(W, ordered.data(), sums.data(), y, m, threads);
     });
   });
 }
 
-// The same with the integer inputs that int8_inputs made; not for 3 bits, nor with a codebook.
+// The same with inputs in int8; not for 3 bits, nor with a codebook.
 int int8_product(const uint8_t* codes, const float* scale, const float* zero, const float* codebook,
-                 int64_t rows, int64_t columns, int64_t groups, int bits, int tile,
-                 const int16_t* x_codes, const float* x_scale, const float* x_sum, float* y, int64_t m,
-                 int threads) {
+                 int64_t rows, int64_t columns, int64_t groups, int bits, int tile, int high_first,
+                 const float* x, float* y, int64_t m, int threads) {
   const Weight W = {codes, scale, zero, codebook, rows, columns, groups};
-  const Inputs x = {x_codes, x_scale, x_sum};
+  const int64_t tiles = m * columns / tile;
+  std::vector<float> ordered(tile), x_scale(tiles), x_sum(tiles);
+  std::vector<int16_t> x_codes(m * columns);
+  for (int64_t t = 0; t < tiles; t++) {
+    order(x + t * tile, ordered.data(), tile, 16 / bits, high_first);
+    if (!to_int8(ordered.data(), x_codes.data() + t * tile, &x_scale[t], &x_sum[t], tile)) return 2;
+  }
+  const Inputs inputs = {x_codes.data(), x_scale.data(), x_sum.data()};
   return with_bits(bits, [&](auto b) {
     if constexpr (b.value == 3)
       return 1;
     else
-      return with_tile(tile, [&](auto t) { int8_rows<b.value, t.value>(W, x, y, m, threads); });
+      return with_tile(tile, [&](auto t) { int8_rows<b.value, t.value>(W, inputs, y, m, threads); });
   });
-}
-
-// Each tile of x [tiles, tile] as int8 codes with a scale of its own, largest magnitude / 127; ties to even.
-// The codes are written as int16, which the products want.
-void int8_inputs(const float* x, int16_t* codes, float* scale, float* sum, int64_t tiles, int tile) {
-  for (int64_t t = 0; t < tiles; t++, x += tile, codes += tile) {
-    float largest = 0;
-    for (int j = 0; j < tile; j++) largest = std::fabs(x[j]) > largest ? std::fabs(x[j]) : largest;
-    const float inverse = largest > 0 ? 127 / largest : 0;
-    int total = 0;
-    for (int j = 0; j < tile; j++) {
-      codes[j] = int16_t(std::nearbyint(x[j] * inverse));
-      total += codes[j];
-    }
-    scale[t] = largest / 127;
-    sum[t] = float(total);
-  }
 }
 
 // Rows first .. first + count of the weight as floats [count, columns], in the order of the codes.
 int decode(const uint8_t* codes, const float* scale, const float* zero, const float* codebook,
-           int64_t rows, int64_t columns, int64_t groups, int bits, int tile, float* out,
-           int64_t first, int64_t count, int threads) {
+           int64_t rows, int64_t columns, int64_t groups, int bits, int tile, int /* high_first */,
+           float* out, int64_t first, int64_t count, int threads) {
   const Weight W = {codes, scale, zero, codebook, rows, columns, groups};
   return with_bits(bits, [&](auto b) {
     return with_tile(tile, [&](auto t) {

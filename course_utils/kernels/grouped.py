@@ -4,6 +4,7 @@ The torch code is the reference; on a CPU with a C++ compiler `cpu.cpp` computes
 holding the float weight (`compiled.py` says how to choose).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,18 +108,17 @@ def grouped_linear(
             x = rounded_inputs(x, _tile(weight))
         return F.linear(x, weight.dequantize().to(x.dtype))
     values = x.detach().float().contiguous()
-    if inputs == "int8" and not _has_integer_code(values, weight):
-        values, inputs = rounded_inputs(values, weight.tile), "float"
+    if inputs == "int8":
+        if weight.n_bits != 3 and weight.codebook is None and len(x) <= PREFILL:
+            y = values.new_empty(len(x), len(weight.codes))
+            if not _call(library().int8_product, weight, values, y):
+                return y.to(x.dtype)
+        values = rounded_inputs(values, weight.tile)  # no integers here, nor where a NaN is
     if len(x) > PREFILL:
         return _by_decoded_rows(values, weight).to(x.dtype)
-    product = _int8_product if inputs == "int8" else _float_product
-    return product(values, weight).to(x.dtype)
-
-
-def _has_integer_code(x: Tensor, weight: GroupedCodes) -> bool:
-    """Whether `cpu.cpp` multiplies integers here; a NaN or an infinity in `x` has no integer code either."""
-    takes = weight.n_bits != 3 and weight.codebook is None and len(x) <= PREFILL
-    return takes and bool(x.isfinite().all())
+    y = values.new_empty(len(x), len(weight.codes))
+    _call(library().float_product, weight, values, y)
+    return y.to(x.dtype)
 
 
 def rounded_inputs(x: Tensor, tile: int) -> Tensor:
@@ -134,16 +134,13 @@ def _tile(weight: GroupedCodes) -> int:
     return weight.tile or weight.columns // weight.scale.shape[1]
 
 
-def _ordered(x: Tensor, weight: GroupedCodes, codes_of_word: int) -> Tensor:
+def _ordered(x: Tensor, weight: GroupedCodes) -> Tensor:
     """`x` in the order in which `cpu.cpp` cuts codes out of a tile: by their place in the words."""
+    codes_of_word = 8 if weight.n_bits == 3 else 32 // weight.n_bits
     words = x.unflatten(1, (-1, weight.tile // codes_of_word, codes_of_word))
     if weight.high_first:
         words = words.unflatten(3, (-1, 2)).flip(4).flatten(3)
-    return words.transpose(2, 3).contiguous()
-
-
-def _codes_of_word(n_bits: int) -> int:
-    return 8 if n_bits == 3 else 32 // n_bits
+    return words.transpose(2, 3).flatten(1)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -157,35 +154,20 @@ def _of_weight(weight: GroupedCodes) -> tuple:
             "codes, scale, zero and codebook have to be contiguous: call .contiguous()"
         )
     shape = len(weight.codes), weight.columns, weight.scale.shape[1]
-    return *map(_pointer, tensors), *shape, weight.n_bits, weight.tile
+    return *map(_pointer, tensors), *shape, weight.n_bits, weight.tile, weight.high_first
 
 
-def _float_product(x: Tensor, weight: GroupedCodes) -> Tensor:
-    y = x.new_empty(len(x), len(weight.codes))
-    ordered = _ordered(x, weight, _codes_of_word(weight.n_bits))
-    sums = x.unflatten(1, (-1, weight.tile)).sum(2)
-    pointers = map(_pointer, (ordered, sums, y))
-    library().float_product(*_of_weight(weight), *pointers, len(x), torch.get_num_threads())
-    return y
-
-
-def _int8_product(x: Tensor, weight: GroupedCodes) -> Tensor:
-    y = x.new_empty(len(x), len(weight.codes))
-    ordered = _ordered(x, weight, 16 // weight.n_bits)
-    tiles = x.numel() // weight.tile
-    codes = torch.empty(x.shape, dtype=torch.int16)
-    scale, sums = torch.empty(2, tiles)
-    library().int8_inputs(*map(_pointer, (ordered, codes, scale, sums)), tiles, weight.tile)
-    pointers = map(_pointer, (codes, scale, sums, y))
-    library().int8_product(*_of_weight(weight), *pointers, len(x), torch.get_num_threads())
-    return y
+def _call(product: Callable[..., int], weight: GroupedCodes, x: Tensor, y: Tensor) -> int:
+    """Fill `y` `[tokens, out]`; not 0 if `product` could not, for a NaN or an infinity in `x`."""
+    inputs = x.data_ptr(), y.data_ptr(), len(x), torch.get_num_threads()
+    return product(*_of_weight(weight), *inputs)
 
 
 def _by_decoded_rows(x: Tensor, weight: GroupedCodes) -> Tensor:
     """Some rows are decoded at a time, in the order of the codes; BLAS multiplies, and they are forgotten."""
     out = len(weight.codes)
     y = x.new_empty(len(x), out)
-    ordered = _ordered(x, weight, _codes_of_word(weight.n_bits)).flatten(1)
+    ordered = _ordered(x, weight)
     some = max(1, min(out, DECODED // weight.columns))
     rows, of_weight = x.new_empty(some, weight.columns), _of_weight(weight)
     for first in range(0, out, some):
