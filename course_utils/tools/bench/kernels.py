@@ -51,7 +51,7 @@ def bench_kernels(
     """Time all contenders on square matrices of `sizes` with each of `tokens` inputs.
 
     Yields what is going on, a table for each size and number of inputs, and at last the place of a picture;
-    values are recorded. Raises `CourseError` for sizes that groups of 64 do not divide, and for wrong outputs.
+    values are recorded. Raises `CourseError` for sizes that groups of 64 do not divide, and wrong outputs.
     """
     if bad := [size for size in sizes if size < 1 or size % GROUP]:
         raise CourseError(f"size {bad[0]}: choose multiples of {GROUP}.")
