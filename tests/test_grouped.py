@@ -54,6 +54,17 @@ def test_a_codebook_of_16_values(shape, high_first, tokens, seed):
     assert relative(grouped_linear(x, weight), expected) < 1e-5
 
 
+@pytest.mark.parametrize("n_bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("tokens", [1, 5, PREFILL + 1])
+def test_inputs_that_are_codes_give_whole_sums(n_bits, tokens):
+    weight, draw = a_weight(7, 1, 192, n_bits, 0), torch.Generator().manual_seed(0)
+    ones, whole = torch.ones_like(weight.scale), weight.zero.round()
+    weight = GroupedCodes(weight.codes, ones, whole, None, n_bits, 192)
+    x = torch.randint(-127, 128, (tokens, 192), generator=draw).float()
+    expected = x.double() @ weight.dequantize().double().T
+    assert torch.equal(grouped_linear(x, weight, inputs="codes").double(), expected)
+
+
 def test_the_first_of_two_codes_is_the_high_half_on_request():
     codes = torch.tensor([[0x21]], dtype=torch.uint8)
     parts = torch.ones(1, 1), torch.zeros(1, 1), None, 4, 2
@@ -144,7 +155,7 @@ def test_what_does_not_agree_is_refused():
         grouped_linear(torch.randn(2, 60), weight)
     with pytest.raises(TypeError, match=r"inputs are float, got torch\.int64"):
         grouped_linear(torch.ones(2, 64).long(), weight)
-    with pytest.raises(ValueError, match="inputs 'int4': choose 'float' or 'int8'"):
+    with pytest.raises(ValueError, match="inputs 'int4': choose one of float, int8, codes"):
         grouped_linear(torch.randn(2, 64), weight, inputs="int4")
     slanted = GroupedCodes(weight.codes.T.contiguous().T, *parts[1:])
     with pytest.raises(ValueError, match=r"have to be contiguous"):

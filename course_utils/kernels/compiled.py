@@ -38,7 +38,7 @@ P, L, I = c_void_p, c_int64, c_int  # noqa: E741
 WEIGHT = (P, P, P, P, L, L, L, I, I, I)
 SIGNATURES = {
     "float_product": (*WEIGHT, P, P, L, I),
-    "int8_product": (*WEIGHT, P, P, L, I),
+    "int8_product": (*WEIGHT, P, I, P, L, I),
     "decode": (*WEIGHT, P, L, L, I),
     "int8_matmul": (P, P, P, L, L, L, I),
 }

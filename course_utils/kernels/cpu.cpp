@@ -136,28 +136,29 @@ inline void order(const float* x, float* ordered, int tile, int codes_of_word, b
       ordered[c * count + w] = x[w * codes_of_word + (high_first ? c ^ 1 : c)];
 }
 
-// Inputs in int8: each tile has a scale, its largest magnitude / 127. Codes are rounded to even at ties, and
-// held as int16, which the products want.
+// Inputs in int8: each tile has a scale, its largest magnitude / 127, or 1 where the inputs are codes already.
+// Codes are rounded to even at ties, and held as int16, which the products want.
 struct Inputs {
   const int16_t* codes;  // [m, columns], -127 to 127
   const float* scale;    // [m, tiles]
   const float* sum;      // [m, tiles]: of the codes
 };
 
-// Whether it could: false for NaN and infinity, which have no code.
-inline bool to_int8(const float* x, int16_t* codes, float* scale, float* sum, int tile) {
+// Whether it could: false for NaN and infinity, which have no code, and for codes beyond 127.
+inline bool to_int8(const float* x, bool are_codes, int16_t* codes, float* scale, float* sum, int tile) {
   float largest = 0, total = 0;
   for (int j = 0; j < tile; j++) {
     if (!std::isfinite(x[j])) return false;
     largest = std::fmax(largest, std::fabs(x[j]));
   }
-  const float inverse = largest > 0 ? 127 / largest : 0;
+  if (are_codes && largest > 127) return false;
+  const float inverse = are_codes ? 1 : largest > 0 ? 127 / largest : 0;
   for (int j = 0; j < tile; j++) {
     const float code = std::nearbyint(x[j] * inverse);
     codes[j] = int16_t(code);
     total += code;
   }
-  *scale = largest / 127;
+  *scale = are_codes ? 1 : largest / 127;
   *sum = total;
   return true;
 }
@@ -291,17 +292,18 @@ int float_product(const uint8_t* codes, const float* scale, const float* zero, c
   });
 }
 
-// The same with inputs in int8; not for 3 bits, nor with a codebook.
+// The same with inputs in int8, which `are_codes` already or get them here; not for 3 bits, nor with a codebook.
 int int8_product(const uint8_t* codes, const float* scale, const float* zero, const float* codebook,
                  int64_t rows, int64_t columns, int64_t groups, int bits, int tile, int high_first,
-                 const float* x, float* y, int64_t m, int threads) {
+                 const float* x, int are_codes, float* y, int64_t m, int threads) {
   const Weight W = {codes, scale, zero, codebook, rows, columns, groups};
   const int64_t tiles = m * columns / tile;
   std::vector<float> ordered(tile), x_scale(tiles), x_sum(tiles);
   std::vector<int16_t> x_codes(m * columns);
   for (int64_t t = 0; t < tiles; t++) {
     order(x + t * tile, ordered.data(), tile, 16 / bits, high_first);
-    if (!to_int8(ordered.data(), x_codes.data() + t * tile, &x_scale[t], &x_sum[t], tile)) return 2;
+    int16_t* own = x_codes.data() + t * tile;
+    if (!to_int8(ordered.data(), are_codes, own, &x_scale[t], &x_sum[t], tile)) return 2;
   }
   const Inputs inputs = {x_codes.data(), x_scale.data(), x_sum.data()};
   return with_bits(bits, [&](auto b) {

@@ -17,6 +17,7 @@ from course_utils.kernels.packing import unpack
 
 TILES = (128, 64, 32)  # codes that `cpu.cpp` reads at a time
 COMPILED_WIDTHS = (2, 3, 4, 8)
+INPUTS = ("float", "int8", "codes")
 PREFILL = 16  # from so many inputs on, a tile of rows is decoded and multiplied by BLAS
 DECODED = 2**20  # weights that are decoded at a time then: 4 MB
 
@@ -88,12 +89,13 @@ def backend(weight: GroupedCodes) -> Literal["torch", "compiled"]:
 
 
 def grouped_linear(
-    x: Tensor, weight: GroupedCodes, *, inputs: Literal["float", "int8"] = "float"
+    x: Tensor, weight: GroupedCodes, *, inputs: Literal["float", "int8", "codes"] = "float"
 ) -> Tensor:
     """`x @ W.T` for float `x` `[tokens, columns]`, `[tokens, out]` in the dtype of `x`.
 
-    With `inputs` "int8" each tile of a token's inputs (`rounded_inputs`) is first rounded to 8 bits. Raises
-    ValueError or TypeError for an `x` of another shape, dtype or device.
+    With `inputs` "int8" each tile of a token's inputs (`rounded_inputs`) is first rounded to 8 bits; "codes"
+    says that `x` holds whole numbers of -127 to 127 already. Raises ValueError or TypeError for an `x` of
+    another shape, dtype or device.
     """
     if x.ndim != 2 or x.shape[1] != weight.columns:
         raise ValueError(f"inputs are [tokens, {weight.columns}], got {tuple(x.shape)}")
@@ -101,23 +103,24 @@ def grouped_linear(
         raise TypeError(f"inputs are float, got {x.dtype}")
     if x.device != weight.codes.device:
         raise ValueError(f"inputs are on {x.device}, codes on {weight.codes.device}")
-    if inputs not in ("float", "int8"):
-        raise ValueError(f"inputs {inputs!r}: choose 'float' or 'int8'")
+    if inputs not in INPUTS:
+        raise ValueError(f"inputs {inputs!r}: choose one of {', '.join(INPUTS)}")
     if backend(weight) == "torch":
         if inputs == "int8":
             x = rounded_inputs(x, _tile(weight))
         return F.linear(x, weight.dequantize().to(x.dtype))
     values = x.detach().float().contiguous()
-    if inputs == "int8":
-        if weight.n_bits != 3 and weight.codebook is None and len(x) <= PREFILL:
-            y = values.new_empty(len(x), len(weight.codes))
-            if not _call(library().int8_product, weight, values, y):
-                return y.to(x.dtype)
-        values = rounded_inputs(values, weight.tile)  # no integers here, nor where a NaN is
+    y = values.new_empty(len(x), len(weight.codes))
+    integers = inputs != "float" and weight.n_bits != 3 and weight.codebook is None
+    if integers and len(x) <= PREFILL:
+        of_inputs = values.data_ptr(), inputs == "codes", y.data_ptr()
+        if not _call(library().int8_product, weight, *of_inputs, len(x)):
+            return y.to(x.dtype)
+    if inputs == "int8":  # as floats: there is no code for integers here, or for a NaN
+        values = rounded_inputs(values, weight.tile)
     if len(x) > PREFILL:
         return _by_decoded_rows(values, weight).to(x.dtype)
-    y = values.new_empty(len(x), len(weight.codes))
-    _call(library().float_product, weight, values, y)
+    _call(library().float_product, weight, values.data_ptr(), y.data_ptr(), len(x))
     return y.to(x.dtype)
 
 
@@ -157,10 +160,9 @@ def _of_weight(weight: GroupedCodes) -> tuple:
     return *map(_pointer, tensors), *shape, weight.n_bits, weight.tile, weight.high_first
 
 
-def _call(product: Callable[..., int], weight: GroupedCodes, x: Tensor, y: Tensor) -> int:
-    """Fill `y` `[tokens, out]`; not 0 if `product` could not, for a NaN or an infinity in `x`."""
-    inputs = x.data_ptr(), y.data_ptr(), len(x), torch.get_num_threads()
-    return product(*_of_weight(weight), *inputs)
+def _call(product: Callable[..., int], weight: GroupedCodes, *inputs: int) -> int:
+    """Run a function of `cpu.cpp`; not 0 if the inputs have no codes, for a NaN or an infinity in them."""
+    return product(*_of_weight(weight), *inputs, torch.get_num_threads())
 
 
 def _by_decoded_rows(x: Tensor, weight: GroupedCodes) -> Tensor:
