@@ -307,21 +307,23 @@ def test_scripts_for_whole_models_are_named_as_methods():
     assert scripts and {script.stem for script in scripts} <= set(method_names())
 
 
-def test_a_layer_is_quantized_by_both_to_the_same_codes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["hqq", "nf4"])
+def test_a_layer_is_quantized_by_both_to_the_same_codes(name, tmp_path, monkeypatch):
     monkeypatch.setattr(layer, "SHAPE", (8, 128))
-    said = list(layer.bench_layer(tmp_path, "hqq", 2, 1))
-    assert said[0] == "hqq: 1,024 codes, all equal; 1 threads"
+    said = list(layer.bench_layer(tmp_path, name, 2, 1))
+    assert said[0] == f"{name}: 1,024 codes, all equal; 1 threads"
     found = {entry["key"]: entry for entry in list_runs(tmp_path / "runs" / "bench")}
-    by = {who: found[f"bench.layer.hqq.{who}.seconds"]["value"] for who in ("course", "library")}
-    ratio = found["bench.layer.hqq.times_as_fast"]
+    by = {who: found[f"bench.layer.{name}.{who}.seconds"]["value"] for who in ("course", "library")}
+    ratio = found[f"bench.layer.{name}.times_as_fast"]
     assert ratio["value"] == pytest.approx(by["library"] / by["course"])
     assert ratio["protocol"] == {"repeats": 2, "threads": 1, "n_bits": 4, "group_size": 64}
-    assert "hqq" in ratio["versions"]
+    assert layer.LIBRARIES[name] in ratio["versions"]
 
 
 def test_a_layer_with_other_codes_is_not_timed(tmp_path, monkeypatch):
     rivals = lambda weight: (lambda: 1, lambda: 2, lambda ours, theirs: 3)  # noqa: E731
     monkeypatch.setitem(layer.LAYERS, "other", rivals)
+    monkeypatch.setitem(layer.LIBRARIES, "other", "torch")
     with pytest.raises(CourseError, match="3 of 2359296 codes differ"):
         list(layer.bench_layer(tmp_path, "other", 1, 1))
     with pytest.raises(CourseError, match="nothing: there is a layer's benchmark of hqq"):

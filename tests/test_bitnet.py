@@ -267,6 +267,21 @@ def test_integers_compute_what_the_training_layer_computes(seed, packing, roundi
     torch.testing.assert_close(integers, layer(x), rtol=1e-5, atol=1e-6)
 
 
+@settings(deadline=None, max_examples=20)
+@given(
+    st.integers(0, 2**16), st.integers(1, 20), st.integers(1, 9), st.sampled_from([32, 96, 256, 40])
+)
+def test_compiled_and_torch_sums_are_the_same_bits(seed, tokens, out, columns):
+    method = BitNet()
+    weight = method.quantize(random_weight(seed, out, columns))
+    x, found = random_weight(seed + 1, tokens, columns, 1.0), []
+    for choice in ("auto", "torch"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("COURSE_KERNELS", choice)
+            found.append(method.linear(x, weight, None))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("inputs", ["int8", "float"])
 def test_a_trained_model_becomes_integers_with_the_same_logits(packing, inputs, tmp_path):

@@ -58,11 +58,13 @@ def package(tmp_path: Path) -> Path:
         own__e="",
         low="x = 1\n",
         late="y = 1\n",
+        fast="SOURCE = 'low.cpp', 'none.cpp'\n",
         quantizers____init__="",
         quantizers__gptq="",
         quantizers__awq="from course_utils.quantizers.gptq import GPTQ\n",
         tools__notebooks="",
     )
+    (folder / "low.cpp").write_text("int one = 1;\n")
     for asset in ("small-lm/model.safetensors", "small-lm/README.md", "table.json"):
         (folder / "assets" / asset).parent.mkdir(parents=True, exist_ok=True)
         (folder / "assets" / asset).write_text("0")
@@ -93,6 +95,7 @@ def package(tmp_path: Path) -> Path:
         ("print('all of course_utils and more')", {"__init__"}),
         ("load('small-lm')", {"__init__", "small-lm/model.safetensors"}),
         ("open('assets/table.json')", {"__init__", "table.json"}),
+        ("from course_utils import fast", {"__init__", "fast", "low.cpp"}),
         (
             "def f():\n    from course_utils.parts.a import b\n\n"
             "def g():\n    from course_utils.own.e import b",

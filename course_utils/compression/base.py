@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from course_utils.kernels import GroupedCodes, backend, grouped_linear
 from course_utils.models.walk import BlockInputs
 
 Layout = TypeVar("Layout", Tensor, tuple[Tensor, ...])
@@ -58,6 +59,13 @@ class QuantizedWeight:
     def dequantize(self) -> Tensor:
         """The weight `[out, in]` in float32 that the stored codes stand for."""
         raise NotImplementedError
+
+    def grouped(self) -> GroupedCodes | None:
+        """The same codes as `kernels.grouped_linear` takes them; None (here) where it does not.
+
+        They stand for exactly the values of `dequantize`.
+        """
+        return None
 
     def layout(self, make: Callable[["QuantizedWeight"], Layout]) -> Layout:
         """`make(self)`, made when first asked for and then kept: a kernel's own layout of the weight.
@@ -235,11 +243,15 @@ def all_finite(x: Tensor) -> bool:
 
 
 def dequantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """`x @ W.T + bias` with the decoded weight, for `x` `[tokens, in]`, in the dtype of `x`.
+    """`x @ W.T + bias` with the values of the codes, for `x` `[tokens, in]`, in the dtype of `x`.
 
-    Weight and bias take that dtype here, since what is stored does not follow the model's
-    (`QuantizedLinear`).
+    Compiled kernels read the packed codes where they can (`kernels.backend`). Elsewhere weight and bias
+    take the dtype of `x` here, since what is stored does not follow the model's (`QuantizedLinear`).
     """
+    codes = weight.grouped()
+    if codes is not None and backend(codes) == "compiled":
+        y = grouped_linear(x, codes)
+        return y if bias is None else y.add_(bias)
     return F.linear(x, weight.dequantize().to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 

@@ -1,11 +1,16 @@
 """The int8 matrix product with int32 accumulation."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
+
+from course_utils.kernels.compiled import is_compiled, library
 
 # A product of two codes is at most 128^2 in magnitude, and float32 holds every integer up to 2^24:
 # a sum over 1024 of them is exact in float32, whatever the order of the additions.
 EXACT_COLUMNS = 2**24 // 128**2
+FEW_ROWS = 4  # up to so many the weight comes from memory once, and compiled code is as fast as any
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -13,8 +18,9 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
 
     Exact for k up to (2^31 - 1) // 128^2 = 131,071; beyond that an int32 sum could overflow, so longer
     ones are refused.
-    Computed piece by piece in float32, which is exact for pieces of 1,024 columns and takes a CPU's
-    fastest matrix product; the pieces are added as int32.
+    A few rows of `a` are multiplied by compiled code, many by torch's own integer product where that is
+    exact on this processor. Elsewhere it is computed piece by piece in float32, which is exact for pieces of
+    1,024 columns; the pieces are added as int32.
     """
     if a.dtype != torch.int8 or b.dtype != torch.int8:
         raise TypeError(f"int8_matmul needs int8 codes, got {a.dtype} and {b.dtype}")
@@ -24,6 +30,29 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
         )
     if a.shape[1] > (2**31 - 1) // 128**2:
         raise ValueError(f"{a.shape[1]} columns could overflow an int32 sum: split the product")
+    if a.numel() and b.numel() and is_compiled(a.device):
+        if len(a) <= FEW_ROWS:
+            return _compiled(a.contiguous(), b.contiguous())
+        if _torch_is_exact():
+            return torch._int_mm(a, b.T)
+    return _in_float_pieces(a, b)
+
+
+def _compiled(a: Tensor, b: Tensor) -> Tensor:
+    product = torch.empty(len(a), len(b), dtype=torch.int32)
+    pointers = (tensor.data_ptr() for tensor in (a, b, product))
+    library().int8_matmul(*pointers, len(a), len(b), a.shape[1], torch.get_num_threads())
+    return product
+
+
+@cache
+def _torch_is_exact() -> bool:
+    """Whether torch multiplies the largest codes exactly: without VNNI, pairs of products may saturate."""
+    codes = torch.tensor([-128, 127], dtype=torch.int8).repeat(32)[:, None].expand(64, 256)
+    return torch.equal(torch._int_mm(codes, codes.T), _in_float_pieces(codes, codes))
+
+
+def _in_float_pieces(a: Tensor, b: Tensor) -> Tensor:
     total = torch.zeros(len(a), len(b), dtype=torch.int32, device=a.device)
     for left, right in zip(a.split(EXACT_COLUMNS, 1), b.split(EXACT_COLUMNS, 1), strict=True):
         total += (left.float() @ right.float().T).int()

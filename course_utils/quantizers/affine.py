@@ -28,7 +28,7 @@ from course_utils.grids.uniform import (
     scale_and_zero_point,
     stored_scale,
 )
-from course_utils.kernels import int8_matmul_zero_points, pack, unpack
+from course_utils.kernels import GroupedCodes, int8_matmul_zero_points, pack, unpack
 
 INPUT_RANGE = code_range(8, signed=True)
 
@@ -89,10 +89,22 @@ class AffineWeight(QuantizedWeight):
             return torch.full_like(self.scale, middle, dtype=torch.int32)
         return unpack(self.zero_point, self.n_bits, self.scale.shape[1]).int()
 
+    def grouped(self) -> GroupedCodes:
+        """The codes, with scale and zero point of each group in float32, which are made once and kept."""
+        scale, zero = self.layout(_float_grid)
+        return GroupedCodes(self.codes, scale, zero, None, self.n_bits, self.columns)
+
     def dequantize(self) -> Tensor:
         """The weight `[out, in]` in float32: S (q - Z)."""
         groups = self.integer_codes().unflatten(1, (self.scale.shape[1], -1))
         return dequantize(groups, self.scale[..., None], self.zero_points()[..., None]).flatten(1)
+
+
+def _float_grid(weight: AffineWeight) -> tuple[Tensor, Tensor]:
+    """Scales and zero points, float32 `[out, groups]`; one for the whole tensor becomes one a row."""
+    groups = len(weight.codes), weight.scale.shape[1]
+    grid = weight.scale, weight.zero_points()
+    return tuple(part.float().expand(groups).contiguous() for part in grid)
 
 
 @dataclass(frozen=True)

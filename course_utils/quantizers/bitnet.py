@@ -6,7 +6,7 @@ without it, it destroys them. Built step by step in `chronology/bitnet_demo`. Co
 bit those of transformers' `integrations/bitnet.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -18,7 +18,14 @@ from course_utils.compression.base import (
     check_weight,
     dequantized_linear,
 )
-from course_utils.kernels import int8_matmul, pack_trits, unpack_trits
+from course_utils.kernels import (
+    GroupedCodes,
+    backend,
+    grouped_linear,
+    int8_matmul,
+    pack_trits,
+    unpack_trits,
+)
 from course_utils.kernels.ternary import PACKINGS, Packing
 
 EPSILON = 1e-5  # smallest mean or maximum that is divided by, as in the authors' code
@@ -96,9 +103,23 @@ class TernaryWeight(QuantizedWeight):
         """The codes, int8 `[out, in]` in {-1, 0, 1}. Raises ValueError for bytes that are no trits."""
         return unpack_trits(self.packed, self.packing, self.columns)
 
+    def grouped(self) -> GroupedCodes | None:
+        """The trits as 2-bit codes less 1; None for "base3", which no kernel reads."""
+        if self.packing == "base3":
+            return None
+        scale, one = self.layout(_float_grid)
+        return GroupedCodes(self.packed, scale, one, None, 2, self.columns)
+
     def dequantize(self) -> Tensor:
         """The weight `[out, in]` in float32: scale * trit."""
         return self.scale * self.trits()
+
+
+def _float_grid(weight: TernaryWeight) -> tuple[Tensor, Tensor]:
+    """Scale and code of 0 of each row, float32 `[out, 1]`; refuses bytes that are no trits."""
+    weight.trits()
+    scale = weight.scale.expand(len(weight.packed), 1).contiguous()
+    return scale, torch.ones_like(scale)
 
 
 @dataclass(frozen=True)
@@ -151,7 +172,15 @@ class BitNet(Method):
             return dequantized_linear(x, weight, bias)
         finite = x.isfinite().all(1, keepdim=True)
         codes, inverse = quantize_tokens(x.float().where(finite, 0))
-        y = int8_matmul(codes.to(torch.int8), weight.trits()) / inverse * weight.scale.T
+        y = self._sums(codes, weight) / inverse * weight.scale.T
         if bias is not None:
             y += bias
         return y.where(finite, torch.nan).to(x.dtype)
+
+    def _sums(self, codes: Tensor, weight: TernaryWeight) -> Tensor:
+        """`codes @ trits.T` of whole floats `[tokens, in]`; exact by whoever computes it."""
+        grouped = weight.grouped()
+        # Sums of 2 * 127 are whole in float32 up to 2^24.
+        if grouped is not None and backend(grouped) == "compiled" and weight.columns <= 2**16:
+            return grouped_linear(codes, replace(grouped, scale=grouped.zero), inputs="codes")
+        return int8_matmul(codes.to(torch.int8), weight.trits())

@@ -25,7 +25,7 @@ from course_utils.compression.base import (
     dequantized_linear,
 )
 from course_utils.grids.uniform import group_width, stored_scale
-from course_utils.kernels import pack, unpack
+from course_utils.kernels import GroupedCodes, pack, unpack
 
 WIDTHS = (1, 2, 3, 4, 8)
 NARROW = 1e-4  # a group that spans no more gets the inverse scale 1
@@ -121,10 +121,26 @@ class HQQWeight(QuantizedWeight):
         """The codes (uint8 `[groups, size]`), unpacked."""
         return unpack(self.codes, self.n_bits, self.group_size)
 
+    def grouped(self) -> GroupedCodes | None:
+        """The codes row by row, with scale and zero point of each group in float32; None for other groups.
+
+        Groups across rows, and those whose codes do not fill bytes, are decoded.
+        """
+        if self.axis == 0 or self.group_size * self.n_bits % 8:
+            return None
+        scale, zero = self.layout(_float_grid)
+        codes = self.codes.view(self.rows, -1)
+        return GroupedCodes(codes, scale, zero, None, self.n_bits, self.columns)
+
     def dequantize(self) -> Tensor:
         """The weight `[out, in]` in float32: S (q - Z)."""
         values = (self.integer_codes() - self.zero_point.float()) * self.scale.float()
         return (values if self.axis == 1 else values.T).reshape(self.shape)
+
+
+def _float_grid(weight: HQQWeight) -> tuple[Tensor, Tensor]:
+    """Scales and zero points, float32 `[out, groups]`, of groups along the rows."""
+    return tuple(part.float().view(weight.rows, -1) for part in (weight.scale, weight.zero_point))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from course_utils.compression.base import (
 )
 from course_utils.grids.codebook import NF4 as LEVELS
 from course_utils.grids.codebook import dynamic_map, nearest_codes
+from course_utils.kernels import GroupedCodes
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
 NESTED_BLOCK = 256  # absmax values that share one of their own
@@ -111,12 +112,25 @@ class NF4Weight(QuantizedWeight):
         values = _absmax_levels().to(self.absmax.device)[self.absmax.long()]
         return times_absmax(values, self.nested_absmax, NESTED_BLOCK) + self.offset
 
+    def grouped(self) -> GroupedCodes | None:
+        """The codes row by row, with float32 absmax; None where blocks cross the ends of rows."""
+        if self.columns % self.block_size:
+            return None
+        absmax = self.layout(_absmax_of_rows)
+        codes, levels = self.codes.view(self.rows, -1), LEVELS.to(self.codes.device)
+        return GroupedCodes(codes, absmax, None, levels, 4, self.columns, high_first=True)
+
     def dequantize(self) -> Tensor:
         """The weight `[out, in]` in float32: level times absmax."""
         n, levels = self.rows * self.columns, LEVELS.to(self.codes.device)
         pairs = torch.cartesian_prod(levels, levels)  # [256, 2]: what each byte stands for
         values = pairs.index_select(0, self.codes.int()).flatten()[:n]
         return times_absmax(values, self.block_absmax(), self.block_size).view(self.shape)
+
+
+def _absmax_of_rows(weight: NF4Weight) -> Tensor:
+    """Float32 `[out, blocks of a row]`, decoded if it is nested."""
+    return weight.block_absmax().view(weight.rows, -1)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from course_utils.quantizers.hqq import HQQ
+from course_utils.quantizers.nf4 import NF4
 from course_utils.results import record, set_context
 from course_utils.tools import CourseError
 
@@ -48,9 +49,10 @@ def bench_layer(root: Path, name: str, repeats: int, threads: int) -> Iterator[s
     medians = {who: statistics.median(of_who) for who, of_who in seconds.items()}
     set_context(profile="bench", device="cpu")
     protocol = {"repeats": repeats, "threads": threads, "n_bits": 4, "group_size": 64}
+    library = LIBRARIES[name]
     known = {
         "model": "normal-768x3072",
-        "versions": {name: metadata.version(name), "torch": torch.__version__},
+        "versions": {library: metadata.version(library), "torch": torch.__version__},
         "runs": root / "runs" / "bench",
         **protocol,
     }
@@ -82,4 +84,24 @@ def _hqq(weight: Tensor) -> Rivals:
     )
 
 
-LAYERS: dict[str, Callable[[Tensor], Rivals]] = {"hqq": _hqq}
+def _nf4(weight: Tensor) -> Rivals:
+    try:
+        import bitsandbytes.functional as bnb
+    except ImportError as error:
+        raise CourseError(
+            "bitsandbytes is not installed: `pip install bitsandbytes` does it."
+        ) from error
+    method = NF4(block_size=64)
+    settings = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": True}
+
+    def differing(ours, theirs) -> int:
+        packed, _ = theirs
+        return int((ours.codes != packed.flatten()).sum())  # bytes of two codes
+
+    # Compiling takes a minute, and is not what is timed.
+    torch.compiler.set_stance("force_eager")
+    return lambda: method.quantize(weight), lambda: bnb.quantize_4bit(weight, **settings), differing
+
+
+LAYERS: dict[str, Callable[[Tensor], Rivals]] = {"hqq": _hqq, "nf4": _nf4}
+LIBRARIES = {"hqq": "hqq", "nf4": "bitsandbytes"}

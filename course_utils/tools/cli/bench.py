@@ -50,7 +50,7 @@ def bench_quantize(
 
 @app.command("layer")
 def bench_layer(
-    method: Annotated[str, typer.Argument(help="Whose library is installed: hqq.")] = "hqq",
+    method: Annotated[str, typer.Argument(help="Whose library is installed: hqq or nf4.")] = "hqq",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each, in turns.")] = 5,
     threads: Annotated[int | None, typer.Option(help="Default: as torch chooses.")] = None,
 ) -> None:
@@ -65,3 +65,29 @@ def bench_layer(
 
     for line in run(course_root(), method, repeats, threads or torch.get_num_threads()):
         typer.echo(line)
+
+
+@app.command("kernels")
+def bench_kernels(
+    sizes: Annotated[
+        list[int] | None, typer.Argument(help="Of square matrices. Default: 4096.")
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Inputs at a time. Default: 1.")] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Blocks of five calls, in turns.")] = 15,
+    threads: Annotated[int | None, typer.Option(help="Default: as torch chooses.")] = None,
+) -> None:
+    """Multiply with packed weights, beside float ones and other libraries': how many times as fast?
+
+    `course results accept --profile bench` takes the values over.
+    Examples: `course bench kernels`; `course bench kernels 1024 4096 --tokens 1 --tokens 16`.
+    """
+    import torch
+    from rich.console import Console
+
+    from course_utils.tools.bench.kernels import bench_kernels as run
+    from course_utils.tools.notebooks.pairs import course_root
+
+    threads = threads or torch.get_num_threads()
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for line in run(course_root(), sizes or [4096], tokens or [1], rounds, threads):
+        console.print(line)

@@ -5,7 +5,8 @@ on leads to the file that defines it; an `__init__` that does nothing else is no
 things count in the script and in each file reached, because a module can be asked for by a string:
 a string that is a method's name counts the method's module, as `get_method("gptq")` imports it; a
 string that names a module counts it; a program in a string counts its imports, as it is run in a
-process of its own. Of the assets those count whose folder is named in a string.
+process of its own. Of the assets those count whose folder is named in a string; so does a file of source
+in another language that stands beside the module which names it.
 
 This is a reading, no proof: `trace` finds the functions that a run executes beyond these files.
 `tools` is never among them: no notebook may import it (a test holds that), and what it shapes in
@@ -25,6 +26,7 @@ from course_utils.tools import CourseError
 ROOT = "course_utils"
 METHODS = "quantizers"  # the folder in which a method's module is named as the method
 DOTTED = re.compile(rf"{ROOT}(\.\w+)+")
+OTHER_SOURCE = re.compile(r"\w+\.cpp")
 
 
 class Reading(NamedTuple):
@@ -44,6 +46,10 @@ def sources_used(script: Path, package: Path) -> list[Path]:
     while waiting:
         file = waiting.pop()
         strings |= read(file).strings
+        beside = (
+            file.with_name(name) for name in read(file).strings if OTHER_SOURCE.fullmatch(name)
+        )
+        found |= {other for other in beside if other.is_file()}
         for name in names_used(file, package):
             files = defining(name, package) - found
             found |= files

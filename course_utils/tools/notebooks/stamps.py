@@ -27,8 +27,10 @@ def stamp(notebook: Notebook) -> dict[str, str]:
     package = hashlib.sha256()
     for file in sources_used(notebook.script, notebook.root / "course_utils"):
         content = file.read_bytes()
+        if file.suffix in (".py", ".cpp"):
+            content = _newlines(content)
         if file.suffix == ".py":
-            content = code(_newlines(content).decode("utf-8")).encode("utf-8")
+            content = code(content.decode("utf-8")).encode("utf-8")
         name = file.relative_to(notebook.root).as_posix()
         package.update(f"{name} {len(content)}\n".encode())
         package.update(content)
