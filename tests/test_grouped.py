@@ -157,9 +157,14 @@ def test_what_does_not_agree_is_refused():
         grouped_linear(torch.ones(2, 64).long(), weight)
     with pytest.raises(ValueError, match="inputs 'int4': choose one of float, int8, codes"):
         grouped_linear(torch.randn(2, 64), weight, inputs="int4")
-    slanted = GroupedCodes(weight.codes.T.contiguous().T, *parts[1:])
-    with pytest.raises(ValueError, match=r"have to be contiguous"):
-        grouped_linear(torch.randn(2, 64), slanted)
+
+
+def test_a_weight_that_is_not_contiguous_takes_torch():
+    weight, x = a_weight(5, 2, 32, 4, 3), torch.randn(2, 64)
+    codes = weight.codes.T.contiguous().T
+    slanted = GroupedCodes(codes, weight.scale, weight.zero, None, 4, 64)
+    assert backend(slanted) == "torch"
+    torch.testing.assert_close(grouped_linear(x, slanted), grouped_linear(x, weight))
 
 
 def test_the_backend_is_chosen_by_the_environment(monkeypatch):

@@ -83,9 +83,11 @@ class GroupedCodes:
 
 
 def backend(weight: GroupedCodes) -> Literal["torch", "compiled"]:
-    """What multiplies with `weight`: as `COURSE_KERNELS` says, its device, and its shape."""
+    """What multiplies with `weight`: as `COURSE_KERNELS` says, its device, its shape and its strides."""
     has_code = weight.tile is not None and is_compiled(weight.codes.device)
-    return "compiled" if has_code else "torch"
+    tensors = weight.codes, weight.scale, weight.zero, weight.codebook
+    contiguous = all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+    return "compiled" if has_code and contiguous else "torch"
 
 
 def grouped_linear(
@@ -152,10 +154,6 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 def _of_weight(weight: GroupedCodes) -> tuple:
     tensors = weight.codes, weight.scale, weight.zero, weight.codebook
-    if not all(tensor is None or tensor.is_contiguous() for tensor in tensors):
-        raise ValueError(
-            "codes, scale, zero and codebook have to be contiguous: call .contiguous()"
-        )
     shape = len(weight.codes), weight.columns, weight.scale.shape[1]
     return *map(_pointer, tensors), *shape, weight.n_bits, weight.tile, weight.high_first
 
