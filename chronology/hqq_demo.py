@@ -408,7 +408,7 @@ for n, value in largest.items():
 #
 # **What is left** are steps 1 and 3 with $E = 0$, our example by hand: codes for the zero point, least squares for the codes, in turns. That is
 # **alternating least squares** on one number per group, of the kind of Lloyd's algorithm [@lloyd1982pcm]. The norm $p$ has no part in it. This is our observation
-# from the code. The authors do not describe their method so.
+# from the code, not a statement of the authors.
 #
 # **In one line.** Write the error of a weight in the units of $W$ as off. Since $w/S = q - Z + \mathrm{off}/S$, step 3 is
 #
@@ -417,7 +417,7 @@ for n, value in largest.items():
 # The zero point moves by the mean of what the shrinkage takes away. In the dead zone $\psi(x) = x$: every weight pulls by its error. Beyond it a weight pulls by
 # $|x|^{p-1}/\beta$, the less the further out it lies. With $p = 2$ we get $\psi(x) = x / \beta$ everywhere: least squares again, in steps of a tenth of the size.
 #
-# These are predictions. Four of them can be tested on the layer: other norms, another $\beta$, and weights that are scaled up.
+# These are predictions, and can be tested on the layer: other norms, another $\beta$, and weights that are scaled up.
 
 
 # %%
@@ -849,7 +849,7 @@ for n_bits in (8, 4, 3, 2, 1):
 #
 # ## Compared with the hqq library
 #
-# Where the hqq library is installed, we compare codes, zero points, decoded values and packed bytes, and take its time beside ours, in turns.
+# Where the hqq library is installed, we compare codes, zero points, decoded values and packed bytes. (`course bench layer hqq` takes its time beside ours, in turns.)
 
 # %% tags=["folded"]
 # Asserts that codes and bytes of hqq are ours, zero points and values to 2e-6.
@@ -890,7 +890,8 @@ for n_bits in (8, 4, 3, 2, 1) if Quantizer else ():
 #   {{hqq.course-lm.w2.hqq.over.hqq_in_steps:+.4f}} ± {{hqq.course-lm.w2.hqq.over.hqq_in_steps_error:.4f}} nats, less
 #   than two standard errors.
 # - **Whole models.** On course-lm, against the same grid rounded to nearest, HQQ loses {{hqq.course-lm.w2.hqq.gain:.3f}} ± {{hqq.course-lm.w2.hqq.gain_error:.3f}} nats less at 2 bits, without data. GPTQ, at
-#   0.06 bits more, loses less still. On SmolLM2 an integer zero point beat both float ones at 3 bits, with fewer bits: the value 0 has to be on the grid there.
+#   0.06 bits more, loses less still. On SmolLM2 an integer zero point beat both float ones at 3 bits, with fewer bits. It treats
+#   weights near 0 better on either model; that this is the cause we did not prove.
 # - **Bytes.** Slices, not neighbours; 3 bits take 3.2.
 #
 # ## Limits

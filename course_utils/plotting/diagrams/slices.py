@@ -19,13 +19,14 @@ def slices_in_words(*layouts: tuple[int, int]) -> Figure:
     bits are that row's. Rows of one slice have one colour; bits that are no row's are grey. For
     `chronology/hqq_demo`. Raises ValueError for more than 40 rows.
     """
+    for _, rows in layouts:
+        refuse_above(MAX_ROWS, rows, "rows", "show the idea with fewer")
     words_of = {layout: -(-layout[1] // PER_WORD[layout[0]]) for layout in layouts}
     figure, axes = new_figure(
         len(layouts), 1, height=sum(0.8 + 0.32 * n for n in words_of.values()), squeeze=False,
         gridspec_kw={"height_ratios": [0.8 + 0.32 * n for n in words_of.values()]},
     )  # fmt: skip
     for axis, ((n_bits, rows), words) in zip(axes[:, 0], words_of.items(), strict=True):
-        refuse_above(MAX_ROWS, rows, "rows", "show the idea with fewer")
         width = 32 if n_bits == 3 else 8
         canvas(axis, 38, words + 1.6)
         per = "one column" if n_bits != 3 else "one column, int32"
