@@ -268,6 +268,7 @@ def test_ids_of_cells_do_not_move_with_them(sample):
         ({"work": "# %%\nprint(1)"}, "the script changed after the build"),
         ({"setup": CELLS["setup"].replace("distributions", "packages")}, "set-up cell is not the"),
         ({"badge": CELLS["badge"].replace("sample", "simple")}, "the badge is not this notebook's"),
+        ({"badge": CELLS["badge"].split("\n#\n")[0]}, "the cell tagged `badge` holds no title"),
         ({"badge": None}, "0 cells are tagged `badge`"),
         ({"parameters": None}, "0 cells are tagged `parameters`"),
         ({"section": "# %% [markdown]\n# [@known2022; @nobody]"}, "cell 6 cites @nobody, which"),

@@ -70,6 +70,8 @@ def _standard_cell_problems(nb: NotebookNode, notebook: Notebook) -> list[str]:
     for cell in tagged(nb, "badge"):
         if cell.source.splitlines()[:1] != [badge(notebook.name)]:
             problems.append(f"the badge is not this notebook's: {remedy}")
+        if not any(line.startswith("# ") for line in cell.source.splitlines()):
+            problems.append("the cell tagged `badge` holds no title: write one below the badge")
     for cell in tagged(nb, "setup"):
         if cell.source != SETUP.rstrip("\n"):
             problems.append(f"the set-up cell is not the standard one: {remedy}")
