@@ -91,3 +91,40 @@ def bench_kernels(
     console = Console(width=None if sys.stdout.isatty() else 120)
     for line in run(course_root(), sizes or [4096], tokens or [1], rounds, threads):
         console.print(line)
+
+
+@app.command("generate")
+def bench_generate(
+    methods: Annotated[
+        list[str] | None,
+        typer.Argument(help="With settings. Default: affine, nf4, hqq and llm_int8."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="As `load_model` knows it.")] = "course-lm",
+    tokens: Annotated[int, typer.Option(min=4, help="Generated in each run.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each, in turns.")] = 3,
+    head: Annotated[bool, typer.Option(help="Embeddings and head in int8.")] = True,
+    threads: Annotated[int | None, typer.Option(help="Default: as torch chooses.")] = None,
+) -> None:
+    """Generate with the float model and with packed ones: milliseconds a token, and memory.
+
+    `course results accept --profile bench` takes the values over.
+    Examples: `course bench generate`; `course bench generate nf4 --model smollm2-135m-dithered`.
+    """
+    import torch
+    from rich.console import Console
+
+    from course_utils.tools.bench.generate import bench_generate as run
+    from course_utils.tools.notebooks.pairs import course_root
+
+    specs = methods or ["affine:n_bits=4,group_size=64", "nf4", "hqq", "llm_int8"]
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for line in run(
+        course_root(),
+        specs,
+        model,
+        tokens=tokens,
+        rounds=rounds,
+        threads=threads or torch.get_num_threads(),
+        head=head,
+    ):
+        console.print(line)
