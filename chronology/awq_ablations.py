@@ -257,22 +257,26 @@ by = {"model": "course-lm", **protocol.fields}
 record("awq.controls.nearest.loss", plain.loss.value, "nats", 0.005, **by)
 keys = ["awq", "scales", "ranges", "fixed", "dealt", "python", "noise", "gptq", "both"]
 for (label, values), key in zip(lost.items(), keys, strict=True):
-    record(f"awq.controls.{key}.loss", over_cuts(values).value, "nats", 0.01, **by)
-    record(f"awq.controls.{key}.gain", gains[label].value, "nats", 0.01, **by)
-    record(f"awq.controls.{key}.gain_error", gains[label].error, "nats", 0.01, **by)
+    tolerance = 0.03 if key in ("gptq", "both") else 0.01  # see below
+    stem = f"awq.controls.{key}"
+    record(f"{stem}.loss", over_cuts(values).value, "nats", tolerance, **by)
+    record(f"{stem}.gain", gains[label].value, "nats", tolerance, **by)
+    record(f"{stem}.gain_error", gains[label].error, "nats", tolerance, **by)
 named = dict(zip(keys, lost, strict=True))
-for key, other in (
-    ("awq", "gptq"),
-    ("both", "gptq"),
-    ("awq", "ranges"),
-    ("dealt", "scales"),
-    ("python", "scales"),
-    ("noise", "scales"),
+# One code of GPTQ's that falls the other way moves all that follow: hence 0.03.
+for key, other, tolerance in (
+    ("awq", "gptq", 0.03),
+    ("both", "gptq", 0.03),
+    ("awq", "ranges", 0.01),
+    ("dealt", "scales", 0.01),
+    ("python", "scales", 0.01),
+    ("noise", "scales", 0.01),
 ):
     values = zip(lost[named[key]], lost[named[other]], strict=True)
     pairs = over_cuts([a - b for a, b in values])
-    record(f"awq.controls.{key}_less_{other}", pairs.value, "nats", 0.01, **by)
-    record(f"awq.controls.{key}_less_{other}_error", pairs.error, "nats", 0.01, **by)
+    stem = f"awq.controls.{key}_less_{other}"
+    record(stem, pairs.value, "nats", tolerance, **by)
+    record(f"{stem}_error", pairs.error, "nats", tolerance, **by)
     print(f"{named[key]}, less {named[other]}: {format_difference(pairs)}")
 
 # %% [markdown]

@@ -12,6 +12,11 @@
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/nf4_demo.ipynb)
+#
+# # NF4: sixteen values for weights that look normal
+#
+# *Large Model Quantization: a deep dive. Milestone 4 of the chronology (2023).*
+
 # %% [markdown]
 # When you have worked through this notebook you will be able to
 #
