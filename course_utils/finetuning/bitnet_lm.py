@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import BitNetForCausalLM
 
+import course_utils.compression  # noqa: F401 (tells transformers how packed weights are read)
 from course_utils.data.batches import TrainingBatches, token_stream
 from course_utils.data.corpora import documents
 from course_utils.files import replacing
@@ -39,6 +40,7 @@ from course_utils.training.course_lm import (
 )  # fmt: skip
 from course_utils.training.loop import TrainConfig, train
 
+SHIPPED = Path(__file__).parent.parent / "assets" / "bitnet"  # what `ship` wrote for the notebook
 WIDTHS = {"tiny": 64, "small": 128, "medium": 192, "large": 256}
 # What the linear layers compute with; None: float weights.
 KINDS = {
@@ -220,6 +222,24 @@ def ship(out: Path, folder: Path, plan: list[Run] = PLAN) -> None:
                 trained_model(run, out)
             )  # the model's own refuses what is packed
             model.save_pretrained(folder / run.name)
+
+
+def shipped_logs(folder: Path = SHIPPED) -> dict[str, dict]:
+    """The logs in `folder`, by the names of their runs: settings, held-out loss, curve, seconds."""
+    return {
+        path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))
+    }
+
+
+def shipped_model(name: str, folder: Path = SHIPPED) -> BitNetForCausalLM:
+    """The shipped model of the run `name`, in float32 beside its packed weights, in evaluation mode.
+
+    Raises `ValueError` for a run whose weights are not shipped, with those that are.
+    """
+    if not (folder / name / "config.json").exists():
+        known = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        raise ValueError(f"no weights of {name!r} are shipped; there are {', '.join(known)}")
+    return BitNetForCausalLM.from_pretrained(folder / name, dtype=torch.float32).eval()
 
 
 def trained_model(run: Run, out: Path) -> BitNetForCausalLM:
