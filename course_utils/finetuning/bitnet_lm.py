@@ -60,6 +60,34 @@ SWEEPS = {
 }
 
 
+CARD = """---
+license: apache-2.0
+language: en
+library_name: transformers
+---
+# {name}
+
+A small language model of the course's notebook `chronology/bitnet_demo`: one of two twins, of which one is
+trained with ternary linear layers (BitNet b1.58, arXiv 2402.17764) and the other with float ones. It is a
+test object, and writes text that resembles its training text for a few words.
+
+```python
+import course_utils.compression  # without it transformers makes up random weights for packed ones
+from transformers import BitNetForCausalLM
+
+model = BitNetForCausalLM.from_pretrained("the path of this folder")
+```
+
+|  |  |
+| --- | --- |
+{table}
+
+The log of this run, with its curve, is `{name}.json` beside this folder, with those of other seeds.
+Its held-out loss mixes both texts, and chose the weights that were kept. Perplexity and bits per byte on
+the Factbook are in the notebook.
+"""
+
+
 class TwoStages(TrainConfig):
     """The schedule that the authors advise, with the ratios of b1.58's FAQ (1.5e-3, 8e-4, 5e-4, 0).
 
@@ -222,6 +250,45 @@ def ship(out: Path, folder: Path, plan: list[Run] = PLAN) -> None:
                 trained_model(run, out)
             )  # the model's own refuses what is packed
             model.save_pretrained(folder / run.name)
+            card = folder / run.name / "README.md"
+            card.write_text(model_card(json.loads(finished.read_text("utf-8"))), "utf-8")
+
+
+def model_card(log: dict) -> str:
+    """The README of the shipped weights of a run, from its log."""
+    run, settings = log["run"], log["settings"]
+    ternary, name = KINDS[run["kind"]] is not None, Run(**run).name
+    seen = settings["steps"] * log["batch_sequences"] * log["context"]
+    rates = ", ".join(f"{lr:g}" for lr in SWEEPS[run["size"]])
+    rows = {
+        "linear layers": "ternary, inputs int8 per token" if ternary else "float",
+        "architecture": "transformers' `BitNetForCausalLM`: 4 layers, 4 heads, width "
+        f"{WIDTHS[run['size']]}, tied embedding in float",
+        "parameters": f"{log['parameters']:,}; without the embedding "
+        f"{log['parameters_without_embedding']:,}",
+        "weights": "linear layers in 2 bits with one float32 scale each, all else float16"
+        if ternary
+        else "float16 (trained in float32)",
+        "tokenizer": f"that of course-lm, {VOCABULARY:,} entries; context {log['context']}",
+        "made by": f"`course train-bitnet`, from fresh weights of seed {run['seed']}",
+        "text": f"{' and '.join(CORPORA)}, training split, "
+        f"{log['training_tokens_in_corpus']:,} tokens",
+        "seen": f"{settings['steps']:,} steps of {log['batch_sequences']} sequences, {seen:,} tokens",
+        "optimizer": f"AdamW, betas {settings['betas'][0]} and {settings['betas'][1]}, weight decay "
+        f"{settings['weight_decay']}",
+        "learning rate": f"{settings['lr']}, the best of {rates} in runs of {SWEEP_TOKENS:,} tokens",
+        "schedule": f"{settings['warmup']} steps of warm-up, linear decay to 0 over the last "
+        f"{settings['decay']}",
+        "held-out loss": f"{log['held_out']:.4f} nats per token, 128 windows of documents not trained "
+        "on",
+        "time": f"{log['seconds']:,.0f} s on {log['threads']} threads of a busy CPU, "
+        f"{log['cpu_seconds']:,.0f} CPU seconds",
+        "speed": f"{seen / log['seconds']:,.0f} tokens a second, {seen / log['cpu_seconds']:,.0f} a CPU "
+        "second",
+        "torch, transformers, python": f"{log['torch']}, {log['transformers']}, {log['python']}",
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return CARD.format(name=name, table=table)
 
 
 def shipped_logs(folder: Path = SHIPPED) -> dict[str, dict]:
