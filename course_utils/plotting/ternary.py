@@ -99,9 +99,10 @@ def signed_sum(x: Tensor, trits: Tensor) -> Figure:
             end = (target[0] + 0.13 * (left + i + 0.5 - target[0]), target[1] + 0.45)
             arrow(axis, (left + i + 0.5, 2.08), end, COLOURS["red" if trit > 0 else "blue"])
     added, taken = int(x[trits == 1].sum()), int(x[trits == -1].sum())
+    second = signed(taken, 0) if taken >= 0 else f"({signed(taken, 0)})"
     box(axis, *plus, 2.2, 0.85, f"add: {signed(added, 0)}", COLOURS["red"])
     box(axis, *minus, 2.2, 0.85, f"subtract: {signed(taken, 0)}", COLOURS["blue"])
-    box(axis, 10.6, 0.75, 3.0, 0.95, f"int32: {signed(added, 0)} \N{MINUS SIGN} ({signed(taken, 0)})\n"
+    box(axis, 10.6, 0.75, 3.0, 0.95, f"int32: {signed(added, 0)} \N{MINUS SIGN} {second}\n"
         f"= {signed(added - taken, 0)}", COLOURS["orange"])  # fmt: skip
     arrow(axis, (6.95, 0.75), (9.05, 0.75))
     axis.text(8.25, 2.2, "(zeros are skipped)", va="center", fontsize=9)
