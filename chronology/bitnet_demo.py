@@ -878,34 +878,32 @@ record("bitnet.counts.zeros", zeros, "", 0.0001, model="bitnet-small")
 # llama.cpp cuts a row into blocks of 256 weights, with a float16 scale in each. TQ2_0 takes 66 bytes for a block and TQ1_0 54. We write layers of the shipped model in both, and compare with its own Python package, `gguf`.
 
 # %% tags=["folded"]
-# The package's bytes against those of gguf and of transformers.
+# The package's blocks against those of gguf.
 import gguf
 from course_utils.formats.ternary import to_tq1_0, to_tq2_0, to_transformers
-from transformers.integrations import bitnet as of_transformers
 
-weight = next(iter(layers.values()))  # width 128: two rows make a block
-weight_trits = weight.trits().cpu().reshape(-1, 256)
+weight = next(iter(layers.values()))
+joined = weight.trits().cpu().reshape(-1, 256)  # width 128: two rows fill a block
+scale = weight.scale.cpu()
 rows = []
 for name, write in (("TQ2_0", to_tq2_0), ("TQ1_0", to_tq1_0)):
-    stored = write(weight_trits, weight.scale.cpu()).numpy()
+    stored = write(joined, scale).numpy()
     kind = gguf.GGMLQuantizationType[name]
-    values = (weight.scale.cpu() * weight_trits).numpy()
-    rows.append(
-        {
-            "format": f"llama.cpp {name}",
-            "bits per weight": 8 * stored.size / values.size,
-        }
-    )
-    rows[-1]["equal bytes"] = bool((stored == gguf.quants.quantize(values, kind)).all())
-with torch.compiler.set_stance("force_eager"):
-    theirs = of_transformers.pack_weights(weight.trits().cpu())
-rows.append(
-    {
-        "format": "transformers, beside one scale",
-        "bits per weight": 8 * theirs.numel() / weight_trits.numel(),
-    }
-)
-rows[-1]["equal bytes"] = torch.equal(to_transformers(weight.trits().cpu()), theirs)
+    theirs = gguf.quants.quantize((scale * joined).numpy(), kind)
+    n_bits = 8 * stored.size / joined.numel()
+    row = {"format": f"llama.cpp {name}", "bits per weight": n_bits}
+    rows.append(row | {"equal bytes": bool((stored == theirs).all())})
+
+# %% tags=["folded"]
+# The package's bytes against those of transformers.
+from transformers.integrations.bitnet import pack_weights
+
+with torch.compiler.set_stance("force_eager"):  # it would compile this function
+    theirs = pack_weights(weight.trits().cpu())
+n_bits = 8 * theirs.numel() / joined.numel()
+row = {"format": "transformers, the scale beside", "bits per weight": n_bits}
+same = torch.equal(to_transformers(weight.trits().cpu()), theirs)
+rows.append(row | {"equal bytes": same})
 assert all(row["equal bytes"] for row in rows)
 table(rows, {"bits per weight": ".4f"})
 
@@ -1063,21 +1061,17 @@ found = plane_sums(x, codes_of([2, 0]))
 assert found.tolist() != [10], "take the sum of all x off again: codes are t + 1"
 assert found.tolist() != [-7], "the high bit counts 2"
 assert found.tolist() == [-2], "5 - 7"
-assert plane_sums(x, codes_of([1, 1], [2, 2], [0, 1])).tolist() == [0, 12, -5], (
-    "t is 0 at code 1"
-)
-large = torch.full((300,), 127).char()
-found = plane_sums(large, codes_of([2] * 300))
+found = plane_sums(x, codes_of([1, 1], [2, 2], [0, 1]))
+assert found.tolist() == [0, 12, -5], "t is 0 at code 1"
+found = plane_sums(torch.full((300,), 127).char(), codes_of([2] * 300))
 assert found.tolist() == [38100], "300 times 127 runs over in int8: sum in int32"
 assert found.dtype == torch.int32, "the sums are int32"
 print(found.tolist())
 ### BEGIN HIDDEN TESTS
-draw_codes = torch.Generator().manual_seed(0)
-t = torch.randint(-1, 2, (6, 40), generator=draw_codes)
-values = torch.randint(-127, 128, (40,), generator=draw_codes)
-assert (
-    plane_sums(values.char(), (t + 1).byte()).tolist() == (t * values).sum(1).tolist()
-)
+t = torch.tensor([[-1, 0, 1, 1, -1] * 8] * 3)
+x = torch.arange(-100, 100, 5).char()
+expected = (t * x).sum(1).tolist()
+assert plane_sums(x, (t + 1).byte()).tolist() == expected
 ### END HIDDEN TESTS
 
 # %% [markdown]
