@@ -12,6 +12,7 @@
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/bitnet_demo.ipynb)
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/bitnet_demo.ipynb)
 # # BitNet: a language model that is ternary from birth
 #
 # *Large Model Quantization: a deep dive. Milestone 6 of the chronology (2023 to 2025).*
@@ -25,7 +26,8 @@
 # - pack ternary weights in 2 and in 1.6 bits, and compute a whole model's linear layers by additions and subtractions;
 # - answer a question that users ask: are the weights really ternary?
 #
-# It takes about 60 minutes to read and work. You need scales and codes (`linear_mapping`) and the straight-through estimator is taken up again from `ptq_vs_qat`.
+# It takes about 60 minutes to read and work. You need scales and codes (`linear_mapping`). The straight-through estimator comes from `ptq_vs_qat`, and is
+# explained again.
 # No profile needs a GPU; `quick` runs in under a minute, `cpu` in under five. In both you train models of your own.
 
 # %% tags=["setup"]
@@ -97,11 +99,14 @@ print(f"torch {torch.__version__}, transformers {transformers.__version__}")
 # %% [markdown]
 # ## The question
 #
-# The milestones before this one compress a finished model. Below three bits that costs much, whatever the method. BitNet asks another question: can a language model be *trained* with weights
+# The milestones before this one compress a finished model. Below three bits that costs much, whatever the method. BitNet asks another question: can a language
+# model be *trained* with weights
 # that are only -1, 0 or 1, times one number for each matrix? Such a weight carries $\log_2 3 = 1.58$ bits. A product with it needs no multiplication.
 #
-# To answer it we need a fair comparison. Two **twins** have the same architecture, the same first weights, the same batches in the same order and the same number of updates. One has ternary linear
-# layers, the other float ones. Each has the learning rate that was best for it. Then we ask the second question. If the ternary twin is good: is that the work of the training, or of the rounding?
+# To answer it we need a fair comparison. Two **twins** have the same architecture, the same first weights, the same batches in the same order and the same
+# number of updates. One has ternary linear
+# layers, the other float ones. Each has the learning rate that was best for it. Then we ask the second question. If the ternary twin is good: is that the work
+# of the training, or of the rounding?
 #
 # ## The rounding, by hand
 #
@@ -125,9 +130,11 @@ figure = four_matrices(W, q.int(), gamma * q)
 plt.show()
 
 # %% [markdown]
-# *Figure: the 3 by 4 matrix as floats, as codes, as $\gamma q$ and as the error that is left. Red is positive and blue negative.*
+# *Figure: the 3 by 4 matrix as floats, as codes, as $\gamma q$ and as the error that is left ($S$ is gamma here, and $Z$ is 0). Red is positive and blue
+# negative, but for the codes: there dark is 1.*
 #
-# All weights beyond half a gamma became plus or minus 0.5, however large they are. The two weights of exactly half a gamma became 0, since ties go to the even number. The package gives the same codes.
+# All weights beyond half a gamma became plus or minus 0.5, however large they are. The two weights of exactly half a gamma became 0, since ties go to the even
+# number. The package gives the same codes.
 
 # %% tags=["nbval-check-output"]
 from course_utils.quantizers.bitnet import ROUNDINGS, BitNet, quantize_tokens
@@ -137,7 +144,8 @@ assert torch.equal(packed.trits(), q.char()) and packed.scale.item() == gamma
 print(packed.trits().tolist(), packed.scale.item())
 
 # %% [markdown]
-# Is that a good rounding? On a million normal weights we compare it with the ternary codes and the scale of least squared error, which the package finds by trying all thresholds. The third row is **binary**,
+# Is that a good rounding? On a million normal weights we compare it with the ternary codes and the scale of least squared error, which the package finds by
+# trying all thresholds. The third row is **binary**,
 # as the first BitNet was [@wang2023bitnet]: $\mathrm{sign}(W - \bar W)$ times the mean magnitude.
 
 # %%
@@ -157,16 +165,20 @@ for name, error in of_normal.items():
     record(f"bitnet.normal.{name}", error, "", 0.002, model="normal")
 
 # %% [markdown]
-# In the recorded run absmean leaves {{bitnet.normal.absmean:.3f}} of the weights' square, and the best ternary grid {{bitnet.normal.least_squares:.3f}}. So absmean is no good choice for rounding a
+# In the recorded run absmean leaves {{bitnet.normal.absmean:.3f}} of the weights' square, and the best ternary grid {{bitnet.normal.least_squares:.3f}}. So
+# absmean is no good choice for rounding a
 # *finished* matrix. Keep that in mind. BitNet's claim is that training makes up for it.
 #
 # ## Training through the codes
 #
-# A code does not change when a weight moves a little: the derivative of rounding is 0 wherever there is one. BitNet keeps a float weight beside, the **latent** weight. The forward pass computes with
-# $\hat W$. The backward pass pretends that rounding was the identity, and gives the latent weight the gradient of $\hat W$. This is the **straight-through estimator**. No part of it is masked, not even where a
+# A code does not change when a weight moves a little: the derivative of rounding is 0 wherever there is one. BitNet keeps a float weight beside, the **latent**
+# weight. The forward pass computes with
+# $\hat W$. The backward pass pretends that rounding was the identity, and gives the latent weight the gradient of $\hat W$. This is the **straight-through
+# estimator**. No part of it is masked, not even where a
 # code was clamped.
 #
-# The inputs are rounded as well, to 8 bits, with one scale for each *token*: $x_q = \mathrm{round}(127\, x / \max|x|)$. A norm stands before each such layer, so that tokens come in like sizes. There is no bias.
+# The inputs are rounded as well, to 8 bits, with one scale for each *token*: $x_q = \mathrm{round}(127\, x / \max|x|)$. A norm stands before each such layer,
+# so that tokens come in like sizes. There is no bias.
 
 
 # %%
@@ -203,11 +215,13 @@ print(f"outputs and gradients agree; gradient of {ours.W[0, 0].item():+.3f}:", e
 print(f"{ours.W.grad[0, 0].item():+.2f}, of its code alone 0")
 
 # %% [markdown]
-# Both layers agree to 1e-5. A latent weight that lies near a threshold can cross it after some updates, and its code jumps. Until then small gradients add up in it. That is what the float weights are for.
+# Both layers agree to 1e-5. A latent weight that lies near a threshold can cross it after some updates, and its code jumps. Until then small gradients add up
+# in it. That is what the float weights are for.
 #
 # ## Your own twins
 #
-# Now we train. The models are tiny: four blocks of width 64, and bytes as tokens, so that there are 256 of them. The architecture is that of BitNet b1.58 2B4T [@ma2025bitnet2b4t], as `transformers` has it: Llama's blocks with two more norms, before the attention's last and
+# Now we train. The models are tiny: four blocks of width 64, and bytes as tokens, so that there are 256 of them. The architecture is that of BitNet b1.58 2B4T
+# [@ma2025bitnet2b4t], as `transformers` has it: Llama's blocks with two more norms, before the attention's last and
 # before the MLP's last linear layer, and squared ReLU. Embedding and LM head stay float.
 
 # %%
@@ -231,7 +245,8 @@ print(f"{len(stream):,} bytes to train on, {len(byte_text.tokens):,} to evaluate
 print(f"the latter from {len(shares)} other countries")
 
 # %% [markdown]
-# Beside the twins we train three others, each with one thing changed. One has **binary** codes. Two follow advice on training. With **two stages** the rate drops midway, and so does the weight decay [@ma2025bitnet2b4t]. With a **warm-up of
+# Beside the twins we train three others, each with one thing changed. One has **binary** codes. Two follow advice on training. With **two stages** the rate
+# drops midway, and so does the weight decay [@ma2025bitnet2b4t]. With a **warm-up of
 # the quantization** the weights used slide from float to ternary over the first fifth [@medmekk2024extreme]. All see the same batches.
 
 # %%
@@ -270,11 +285,13 @@ def trained(kind, seed):
     """A model after `updates` batches of 8 by 64 bytes, and its curve."""
     model = new_twin(kind, seed)
     batches = TrainingBatches(stream, context=context, batch_size=8, seed=seed)
-    on_device = lambda step: batches(step).to(profile.device)  # noqa: E731
+
+    def batch(step):
+        return batches(step).to(profile.device)
+
     slide = bitnet_lm.quantization_warmup(model, updates // 5)
-    before = slide if kind == "warm-up" else None
-    options = {"before_step": before, "progress": False}
-    return model, train(model, on_device, settings(kind), **options)
+    options = {"progress": False, "before_step": slide if kind == "warm-up" else None}
+    return model, train(model, batch, settings(kind), **options)
 
 
 # %%
@@ -297,7 +314,8 @@ plt.show()
 # %% [markdown]
 # *Figure: on the left the training loss of your twins over the bytes they have seen, a line for each seed. On the right the ternary loss less the float one.*
 #
-# Both kinds learn, and their curves run together. Now text that nobody was trained on. Each model is compared with the float twin of its own seed, on the same bytes. The ± is one standard error over the *seeds*.
+# Both kinds learn, and their curves run together. Now text that nobody was trained on. Each model is compared with the float twin of its own seed, on the same
+# bytes. The ± is one standard error over the *seeds*.
 
 
 # %%
@@ -338,7 +356,7 @@ pairs = {
 by = {"model": "bytes-64", "updates": updates, "seeds": len(seeds)}
 
 
-def record_estimate(key, estimate, tolerance=0.1, **by):
+def record_estimate(key, estimate, tolerance=0.3, **by):
     """Value under `key`, standard error under `key` with _error."""
     record(key, estimate.value, "nats", tolerance, **by)
     record(f"{key}_error", estimate.error, "nats", tolerance, **by)
@@ -346,7 +364,7 @@ def record_estimate(key, estimate, tolerance=0.1, **by):
 
 for row, kind in zip(rows, kinds, strict=True):
     key = f"bitnet.own.{kind.replace(' ', '_')}"
-    record(f"{key}.bits_per_byte", row["bits per byte"], "bits", 0.15, **by)
+    record(f"{key}.bits_per_byte", row["bits per byte"], "bits", 0.4, **by)
     if kind != "float":
         record_estimate(f"{key}.less_float", gaps[kind], **by)
     if kind in pairs:
@@ -359,40 +377,40 @@ table(
 )
 
 # %% [markdown]
-# In the recorded run the ternary twin ends {{bitnet.own.ternary.less_float:+.3f}} ± {{bitnet.own.ternary.less_float_error:.3f}} nats per byte from the float one, over {{bitnet.own.settings.seeds:.0f}} seeds.
+# In the recorded run the ternary twin ends {{bitnet.own.ternary.less_float:+.3f}} ± {{bitnet.own.ternary.less_float_error:.3f}} nats per byte from the float
+# one, over {{bitnet.own.settings.seeds:.0f}} seeds.
 # Against the ternary twin the binary one is at {{bitnet.own.binary.less_ternary:+.3f}} ± {{bitnet.own.binary.less_ternary_error:.3f}}, two stages at
-# {{bitnet.own.two_stages.less_ternary:+.3f}} ± {{bitnet.own.two_stages.less_ternary_error:.3f}} and the warm-up at {{bitnet.own.warm-up.less_ternary:+.3f}} ± {{bitnet.own.warm-up.less_ternary_error:.3f}}.
+# {{bitnet.own.two_stages.less_ternary:+.3f}} ± {{bitnet.own.two_stages.less_ternary_error:.3f}} and the warm-up at {{bitnet.own.warm-up.less_ternary:+.3f}} ±
+# {{bitnet.own.warm-up.less_ternary_error:.3f}}.
 #
-# Three seeds tell an error only roughly, and the models have just begun to learn. So take this as practice. Twins that saw more text come below.
+# Neither the twins nor the binary models nor the warm-up are distinguished here. Two stages are worse. A likely reason: their rate falls to a third
+# midway, when such short runs have only begun to learn. That is no verdict on long runs.
+#
+# Three seeds tell an error only roughly. So take this as practice; twins that saw more text come below. Each kind's rate is the best of 0.0015, 0.003, 0.006
+# and 0.012 in one run with another seed. The last three kinds have the ternary twin's.
 #
 # ## Are the weights really ternary?
 #
-# People who open a BitNet checkpoint find floats in it, and ask whether the weights are ternary at all [@rkinas2024ternary]. Here are eight latent weights of your own model, and what the layer computes with.
+# People who open a BitNet checkpoint find floats in it, and ask whether the weights are ternary at all [@rkinas2024ternary]. Here are eight latent weights of
+# your own model, and what the layer computes with.
 
 # %%
 seed = profile.seed
 model = own["ternary", seed][0]
 layer = model.model.layers[0].mlp.up_proj
 weight = layer.quantized_weight()
+gamma, trits = weight.scale.item(), weight.trits()[0, :8].tolist()
 rows = [
-    {
-        "latent": w,
-        "latent / gamma": w / weight.scale.item(),
-        "code": c,
-        "used": c * weight.scale.item(),
-    }
-    for w, c in zip(
-        layer.weight[0, :8].tolist(), weight.trits()[0, :8].tolist(), strict=True
-    )
+    {"latent": w, "latent / gamma": w / gamma, "code": t, "used": t * gamma}
+    for w, t in zip(layer.weight[0, :8].tolist(), trits, strict=True)
 ]
 table(rows, {"latent": "+.4f", "latent / gamma": "+.2f", "used": "+.4f"})
 
 # %%
 start = new_twin("ternary", seed).model.layers[0].mlp.up_proj
-ratios = {"before training": start, "after training": layer}
 ratios = {
     title: (m.weight / m.weight.abs().mean()).detach().cpu()
-    for title, m in ratios.items()
+    for title, m in (("before training", start), ("after training", layer))
 }
 figure = ternary.latent_weights(ratios)
 plt.show()
@@ -401,9 +419,11 @@ moved = (codes[0] != codes[1]).float().mean().item()
 print(f"{moved:.0%} of the codes are others than at the start")
 
 # %% [markdown]
-# *Figure: histograms of the latent weights of one matrix in units of gamma, before and after training, coloured by code. Dashed lines are the thresholds at half a gamma.*
+# *Figure: histograms of the latent weights of one matrix in units of gamma, before and after training, coloured by code. Dashed lines are the thresholds at
+# half a gamma.*
 #
-# The latent weights are floats of all sizes, and the layer uses three values. Both are true: the floats are the optimizer's memory, and are thrown away at the end. In the recorded run {{bitnet.own.moved:.0%}} of
+# The latent weights are floats of all sizes, and the layer uses three values. Both are true: the floats are the optimizer's memory, and are thrown away at the
+# end. In the recorded run {{bitnet.own.moved:.0%}} of
 # this matrix's codes changed in training. What is left is packed, and computes the same.
 
 # %%
@@ -459,15 +479,18 @@ within = (of_tokens < 1e-4).float().mean().item()
 record("bitnet.own.within", within, "", model="bytes-64")
 
 # %% [markdown]
-# The packed model sums int8 codes in int32, with no float until the end of a sum. Training computes in float32 with values on the same grids. On the same input a layer's outputs may differ by the last digits of float sums: we allow 1e-5 of the largest, and the
+# The packed model sums int8 codes in int32, with no float until the end of a sum. Training computes in float32 with values on the same grids. On the same input
+# a layer's outputs may differ by the last digits of float sums: we allow 1e-5 of the largest, and the
 # recorded run has {{bitnet.own.layers_apart:.0e}}.
 #
-# Over the whole model such a digit can turn an int8 code of the next layer, where an input lies just between two codes. That changes logits by more than a last digit. In the recorded run {{bitnet.own.within:.0%}} of the bytes have logits within 1e-4, and the
+# Over the whole model such a digit can turn an int8 code of the next layer, where an input lies just between two codes. That changes logits by more than a last
+# digit. In the recorded run {{bitnet.own.within:.0%}} of the bytes have logits within 1e-4, and the
 # largest difference is {{bitnet.own.logits_apart:.0e}}.
 #
 # ## Twins that were trained for longer
 #
-# Your models saw little text. The course ships a pair of width 128, trained by `course train-bitnet` from three seeds, on 4 million tokens of the Factbook and of presidents' addresses. It uses the tokenizer of
+# Your models saw little text. The course ships a pair of width 128, trained by `course train-bitnet` from three seeds, on 4 million tokens of the Factbook and
+# of presidents' addresses. It uses the tokenizer of
 # `course-lm`. The logs of all runs are shipped, the weights of the first seed too.
 
 # %%
@@ -496,7 +519,8 @@ plt.show()
 # %% [markdown]
 # *Figure: held-out loss of the shipped twins over the tokens seen, three seeds each, and the ternary loss less the float one.*
 #
-# The curves cross more than once. On the right the lines of the single seeds spread around 0 by more than their mean lies from it.
+# In the first half million tokens the ternary twins are ahead; their learning rate is twice that of the float ones. Then the curves cross. On the right the
+# lines of the single seeds spread by more than their mean lies from 0.
 
 # %%
 rows = []
@@ -547,15 +571,18 @@ if all(tiny.values()):
     record("bitnet.tiny.gap", values[0] - values[1], "nats", 1e-6, model="bitnet-tiny")
 
 # %% [markdown]
-# In the recorded run, over three seeds, ternary less float is {{bitnet.small.gap:+.3f}} ± {{bitnet.small.gap_error:.3f}} nats per token: the twins are not distinguished. (A pair of twins shares its seed, so the difference is taken pair by pair.) That is no
+# In the recorded run, over three seeds, ternary less float is {{bitnet.small.gap:+.3f}} ± {{bitnet.small.gap_error:.3f}} nats per token: the twins are not
+# distinguished. (A pair of twins shares its seed, so the difference is taken pair by pair.) That is no
 # proof that they are equal. A gap of 0.05 would hide in this error.
 #
-# The ternary run had a higher learning rate: {{bitnet.small.ternary.lr:g}} against {{bitnet.small.float.lr:g}}. It took {{bitnet.small.ternary.minutes:.0f}} minutes against {{bitnet.small.float.minutes:.0f}} on two busy cores: rounding weights and inputs at
-# every step costs time, as nothing is saved in training.
+# The ternary run had a higher learning rate: {{bitnet.small.ternary.lr:g}} against {{bitnet.small.float.lr:g}}. It took {{bitnet.small.ternary.minutes:.0f}}
+# minutes against {{bitnet.small.float.minutes:.0f}} on two busy cores: rounding weights and inputs at
+# every step costs time, and nothing is saved in training.
 #
 # ### Which learning rate?
 #
-# The authors advise a high peak for the rate, two stages of rate and weight decay, and no weight decay in the second [@ma2025bitnet2b4t]. We can say something on the peak. Each size and kind had short runs of half a
+# The authors advise a high peak for the rate, two stages of rate and weight decay, and no weight decay in the second [@ma2025bitnet2b4t]. We can say something
+# on the peak. Each size and kind had short runs of half a
 # million tokens, one seed each, and took its best rate for the long run.
 
 # %%
@@ -569,10 +596,13 @@ for size in ("tiny", "small"):
 table(rows, dict.fromkeys(("0.00075", "0.0015", "0.003", "0.006"), ".3f"))
 
 # %% [markdown]
-# Held-out loss by learning rate. In both sizes the best rate of the ternary twin is twice that of the float one, which agrees with the advice. With one seed a cell, and with gaps as small as 0.02, it is a hint.
+# Held-out loss by learning rate. In both sizes the best rate of the ternary twin is twice that of the float one, which agrees with the advice. With one seed a
+# cell, and with gaps as small as 0.02, it is a hint. In your byte models it was the other way round: 0.003 for ternary, 0.006 for float.
 #
-# Not tried on this pair: two stages, and the warm-up of the quantization. You tried both on tiny models above. Hugging Face needed the warm-up to *fine-tune* Llama 3 8B into ternary, and reports that it gave nothing on
-# a model of 135M parameters [@medmekk2024extreme]. The ratios in the package's `TwoStages` come from a third party's reading of the authors' training tips, which we could not read ourselves.
+# Not tried on this pair: two stages, and the warm-up of the quantization. You tried both on tiny models above. Hugging Face needed the warm-up to *fine-tune*
+# Llama 3 8B into ternary, and reports that it gave nothing on
+# a model of 135M parameters [@medmekk2024extreme]. The ratios in the package's `TwoStages` come from a third party's reading of the authors' training tips,
+# which we could not read ourselves.
 #
 # ## Is it the training, or the rounding?
 #
@@ -675,14 +705,19 @@ figure = ternary.estimates(
 plt.show()
 
 # %% [markdown]
-# *Figure: nats lost per token against the float twin. The first row was trained with ternary weights. The others are the float twin, rounded afterwards in five ways.*
+# *Figure: nats lost per token against the float twin. The first row was trained with ternary weights. The others are the float twin, rounded afterwards in five
+# ways.*
 #
-# In the recorded run the trained ternary twin of seed 0 lies {{bitnet.after.ternary.loss:+.3f}} ± {{bitnet.after.ternary.loss_error:.3f}} nats from the float twin on the Factbook. That error is over documents, and another
-# seed moves the difference more. Rounding afterwards costs {{bitnet.after.absmean.loss:.2f}} ± {{bitnet.after.absmean.loss_error:.2f}}: the perplexity goes from {{bitnet.after.float.perplexity:.0f}} to
+# In the recorded run the trained ternary twin of seed 0 lies {{bitnet.after.ternary.loss:+.3f}} ± {{bitnet.after.ternary.loss_error:.3f}} nats from the float
+# twin on the Factbook. That error is over documents, and another
+# seed moves the difference more. Rounding afterwards costs {{bitnet.after.absmean.loss:.2f}} ± {{bitnet.after.absmean.loss_error:.2f}}: the perplexity goes
+# from {{bitnet.after.float.perplexity:.0f}} to
 # {{bitnet.after.absmean.perplexity:,.0f}}. So the training does it.
 #
-# A better rounding does not rescue the float twin. With the least squared error it still loses {{bitnet.after.least_squares.loss:.2f}} ± {{bitnet.after.least_squares.loss_error:.2f}} nats, with a gamma for each row
-# {{bitnet.after.rows.loss:.2f}} ± {{bitnet.after.rows.loss_error:.2f}}, and binary {{bitnet.after.binary.loss:.2f}} ± {{bitnet.after.binary.loss_error:.2f}}. The 8-bit inputs are not to blame: with float inputs it
+# A better rounding does not rescue the float twin. With the least squared error it still loses {{bitnet.after.least_squares.loss:.2f}} ±
+# {{bitnet.after.least_squares.loss_error:.2f}} nats, with a gamma for each row
+# {{bitnet.after.rows.loss:.2f}} ± {{bitnet.after.rows.loss_error:.2f}}, and binary {{bitnet.after.binary.loss:.2f}} ± {{bitnet.after.binary.loss_error:.2f}}.
+# The 8-bit inputs are not to blame: with float inputs it
 # is {{bitnet.after.float_inputs.loss:.2f}} ± {{bitnet.after.float_inputs.loss_error:.2f}}. Now let the models speak.
 
 # %%
@@ -700,12 +735,15 @@ shown = {
 print(continuations(shown, tokenizer, prompt_of("course-lm"), new_tokens=24))
 
 # %% [markdown]
-# The texts.
+# With 1.4 million parameters and the likeliest token every time, both twins fall into a loop soon. But they write phrases of the Factbook's kind. The float
+# twin that was rounded afterwards knows a few words, and repeats them.
 #
 # ## In bytes
 #
-# Three values need less than two bits. Four trits go into a byte at **2 bits** each. And since $3^5 = 243$ is not more than 256, *five* go into a byte, at **1.6 bits** each; the least possible is 1.585. Reading five trits
-# again would take divisions by 3. llama.cpp's format TQ1_0 avoids them [@compilade2024ternary]. It stores $\lceil 256\, v / 243 \rceil$ for the number $v$ of five ternary digits, as if it were a fraction. Three times that
+# Three values need less than two bits. Four trits go into a byte at **2 bits** each. And since $3^5 = 243$ is not more than 256, *five* go into a byte, at
+# **1.6 bits** each; the least possible is 1.585. Reading five trits
+# again would take divisions by 3. llama.cpp's format TQ1_0 avoids them [@compilade2024ternary]. It stores $\lceil 256\, v / 243 \rceil$ for the number $v$ of
+# five ternary digits, as if it were a fraction. Three times that
 # fraction has the first digit before the point, and so on.
 
 # %%
@@ -714,7 +752,8 @@ figure = ternary.trits_in_bytes(trits[0, :20].cpu())
 plt.show()
 
 # %% [markdown]
-# *Figure: twenty trits of the shipped model, in five bytes of four (above, the first trit in the lowest bits, on the right) and in four bytes of five (below). The last row multiplies the first of these bytes by 3 five times,
+# *Figure: twenty trits of the shipped model, in five bytes of four (above, the first trit in the lowest bits, on the right) and in four bytes of five (below).
+# The last row multiplies the first of these bytes by 3 five times,
 # and each time a digit comes out above 256.*
 #
 # What does the whole model weigh? Scales and the float embedding count.
@@ -771,8 +810,10 @@ record(
 )
 
 # %% [markdown]
-# One scale of 4 bytes for a matrix hardly counts: {{bitnet.bytes.two.bits_per_weight:.3f}} and {{bitnet.bytes.base3.bits_per_weight:.3f}} bits per weight in the recorded run, where rows do not always
-# fill their last byte. But the whole model only shrinks to {{bitnet.bytes.whole_share:.0%}} of the float16 twin. The float embedding of 4,096 tokens outweighs all ternary layers. In a model of billions of parameters it is a small part.
+# One scale of 4 bytes for a matrix hardly counts: {{bitnet.bytes.two.bits_per_weight:.3f}} and {{bitnet.bytes.base3.bits_per_weight:.3f}} bits per weight in
+# the recorded run, where rows do not always
+# fill their last byte. But the whole model only shrinks to {{bitnet.bytes.whole_share:.0%}} of the float16 twin. The float embedding of 4,096 tokens outweighs
+# all ternary layers. In a model of billions of parameters it is a small part.
 #
 # ## Additions and subtractions
 #
@@ -786,7 +827,8 @@ plt.show()
 # %% [markdown]
 # *Figure: eight int8 inputs and eight trits. The inputs at +1 go into one sum, those at -1 into another, and the output is the first less the second.*
 #
-# Does that hold for a whole model? A hook replaces what each of the 28 layers puts out by sums without a product: `add_subtract` from the package. Two scales come at the end, one for the token and one for the matrix.
+# Does that hold for a whole model? A hook replaces what each of the 28 layers puts out by sums without a product: `add_subtract` from the package. Two scales
+# come at the end, one for the token and one for the matrix.
 
 
 # %%
@@ -815,7 +857,8 @@ print(f"{len(modules)} layers without a multiplication: the same logits, bit for
 # %% [markdown]
 # Integer sums do not depend on their order, so the logits are equal to the last bit.
 #
-# How many operations does a token take? We count the last of 256 tokens. A float layer multiplies and adds for each weight. A ternary one adds or subtracts where the trit is not 0. It multiplies once for each input, to put it on the int8 grid, and twice for each
+# How many operations does a token take? We count the last of 256 tokens. A float layer multiplies and adds for each weight. A ternary one adds or subtracts
+# where the trit is not 0. It multiplies once for each input, to put it on the int8 grid, and twice for each
 # output. LM head and attention are float in both twins.
 
 # %%
@@ -867,15 +910,19 @@ zeros = 1 - counts["linear layers"][3] / weights
 record("bitnet.counts.zeros", zeros, "", 0.0001, model="bitnet-small")
 
 # %% [markdown]
-# In the recorded run {{bitnet.counts.linear.times_share:.1%}} of the linear layers' multiplications are left, and {{bitnet.counts.zeros:.0%}} of their additions fall away with the zeros. Over the whole small model
+# In the recorded run {{bitnet.counts.linear.times_share:.1%}} of the linear layers' multiplications are left, and {{bitnet.counts.zeros:.0%}} of their
+# additions fall away with the zeros. Over the whole small model
 # {{bitnet.counts.all.times_share:.0%}} of the multiplications stay, in the LM head and the attention.
 #
-# What is that worth? We measured no energy. A table for a 45 nm process has 3.7 pJ for a product of 32-bit floats, and 0.03 pJ for an addition of 8-bit integers [@horowitz2014energy]. But a read of 32 bits from DRAM costs 640 pJ there. So for one user the saved bytes
+# What is that worth? We measured no energy. A table for a 45 nm process has 3.7 pJ for a product of 32-bit floats, and 0.03 pJ for an addition of 8-bit
+# integers [@horowitz2014energy]. (Our sums have 32 bits, and cost more than that.) But a read of 32 bits from DRAM costs 640 pJ there. So for one user the
+# saved bytes
 # count more than the saved products. In PyTorch nothing here is faster: it has no kernel for trits.
 #
 # ## In the formats of llama.cpp and transformers
 #
-# llama.cpp cuts a row into blocks of 256 weights, with a float16 scale in each. TQ2_0 takes 66 bytes for a block and TQ1_0 54. We write layers of the shipped model in both, and compare with its own Python package, `gguf`.
+# llama.cpp cuts a row into blocks of 256 weights, with a float16 scale in each. TQ2_0 takes 66 bytes for a block and TQ1_0 54. We write layers of the shipped
+# model in both, and compare with its own Python package, `gguf`.
 
 # %% tags=["folded"]
 # The package's blocks against those of gguf.
@@ -908,30 +955,42 @@ assert all(row["equal bytes"] for row in rows)
 table(rows, {"bits per weight": ".4f"})
 
 # %% [markdown]
-# All three agree, byte for byte. (Our rows of 128 are joined in twos to fill a block.) Two traps lie in `transformers`. Its class `BitLinear` *divides* by `weight_scale`, and `AutoBitLinear` *multiplies*, so one name holds
-# $1 / \gamma$ or $\gamma$. And `pack_weights` adds 1 to its input in place: who goes on with that tensor has other weights. The tests of the course hold codes, bytes and outputs of both classes against ours.
+# All three agree, byte for byte. (Our rows of 128 are joined in twos to fill a block.) Two traps lie in `transformers`. Its class `BitLinear` *divides* by
+# `weight_scale`, and `AutoBitLinear` *multiplies*, so one name holds
+# $1 / \gamma$ or $\gamma$. And `pack_weights` adds 1 to its input in place: who goes on with that tensor has other weights. The tests of the course hold codes,
+# bytes and outputs of both classes against ours.
 #
 # ## What others report
 #
-# These figures are not ours. The b1.58 paper compares models of equal size trained on 100 billion tokens. Its perplexities, as the card of a reproduction quotes them, are 12.33 in float and 12.87 in ternary at 700M parameters, 11.25 and 11.29 at 1.3B, and 10.04 and 9.91 at 3B. The
-# reproduction itself has 12.78, 11.19 and 9.88 in ternary [@bitnetrepro]. The gap closes with size there. Our two sizes are far too small, and too few, to show such a trend.
+# These figures are not ours. The b1.58 paper compares models of equal size trained on 100 billion tokens. Its perplexities, as the card of a reproduction
+# quotes them, are 12.33 in float and 12.87 in ternary at 700M parameters, 11.25 and 11.29 at 1.3B, and 10.04 and 9.91 at 3B. The
+# reproduction itself has 12.78, 11.19 and 9.88 in ternary [@bitnetrepro]. The gap closes with size there. Our two sizes are far too small, and too few, to show
+# such a trend.
 #
-# The first BitNet was binary, with a norm before each layer's inputs are rounded [@wang2023bitnet]. BitNet b1.58 2B4T has 2 billion parameters, trained on 4 trillion tokens [@ma2025bitnet2b4t]. The authors' kernels for CPUs report 1.37 to 5.07 times the speed on ARM and 2.37 to
+# The first BitNet was binary [@wang2023bitnet]. BitNet b1.58 2B4T has 2 billion parameters, trained on 4 trillion tokens [@ma2025bitnet2b4t]. The authors'
+# kernels for CPUs report 1.37 to 5.07 times the speed on ARM and 2.37 to
 # 6.17 on x86, with 55.4% to 82.2% less energy [@wang2024bitnetcpp].
 #
 # ## What you saw
 #
-# - **Absmean is a poor rounding.** On normal weights it leaves {{bitnet.normal.absmean:.3f}} of the square, where {{bitnet.normal.least_squares:.3f}} is possible with three levels in the recorded run.
-# - **Training makes it work.** From three seeds the shipped twins are {{bitnet.small.gap:+.3f}} ± {{bitnet.small.gap_error:.3f}} nats apart: not distinguished. The float twin, rounded afterwards, lost
-#   {{bitnet.after.absmean.loss:.2f}} ± {{bitnet.after.absmean.loss_error:.2f}}, and with the least squared error still {{bitnet.after.least_squares.loss:.2f}} ± {{bitnet.after.least_squares.loss_error:.2f}}.
-# - **The latent weights are floats, the layer is ternary.** After training the floats are thrown away, and each layer gives the same outputs within {{bitnet.own.layers_apart:.0e}} in the recorded run.
-# - **1.6 bits are real bytes.** The linear layers take {{bitnet.bytes.base3.bits_per_weight:.3f}} bits per weight, scales included; the small model as a whole {{bitnet.bytes.whole_share:.0%}} of float16.
-# - **No product is needed.** All 28 layers gave the same logits by additions and subtractions. {{bitnet.counts.linear.times_share:.1%}} of the products of those layers remain.
+# - **Absmean is a poor rounding.** On normal weights it leaves {{bitnet.normal.absmean:.3f}} of the square, where {{bitnet.normal.least_squares:.3f}} is
+#   possible with three levels in the recorded run.
+# - **Training makes it work.** From three seeds the shipped twins are {{bitnet.small.gap:+.3f}} ± {{bitnet.small.gap_error:.3f}} nats apart: not distinguished.
+#   The float twin, rounded afterwards, lost
+#   {{bitnet.after.absmean.loss:.2f}} ± {{bitnet.after.absmean.loss_error:.2f}}, and with the least squared error still {{bitnet.after.least_squares.loss:.2f}}
+#   ± {{bitnet.after.least_squares.loss_error:.2f}}.
+# - **The latent weights are floats, the layer is ternary.** After training the floats are thrown away, and each layer gives the same outputs within
+#   {{bitnet.own.layers_apart:.0e}} in the recorded run.
+# - **1.6 bits are real bytes.** The linear layers take {{bitnet.bytes.base3.bits_per_weight:.3f}} bits per weight, scales included; the small model as a whole
+#   {{bitnet.bytes.whole_share:.0%}} of float16.
+# - **No product is needed.** All 28 layers gave the same logits by additions and subtractions. {{bitnet.counts.linear.times_share:.1%}} of the products of
+#   those layers remain.
 #
 # ## Limits
 #
 # - Twins of 1.4 million parameters on 4 million tokens say little about billions. With three seeds we can see gaps of about 0.06 nats, and no smaller ones.
-# - The model must be trained so, from the start or nearly. In training it is no smaller and no faster than a float model: latent weights, gradients and optimizer states are floats.
+# - The model must be trained so, from the start or nearly. In training it is no smaller and no faster than a float model: latent weights, gradients and
+#   optimizer states are floats.
 # - Embedding and LM head are float. In a small model they outweigh the rest.
 # - Your own models are short runs. Binary codes, two stages and the warm-up had the ternary twin's rate, not their own best.
 # - Gamma for each row, least squares and float inputs were measured as roundings after training only. A larger size than 1.4 million parameters was not trained.
@@ -942,7 +1001,8 @@ table(rows, {"bits per weight": ".4f"})
 # ### Exercise 1: which way does the scale go?
 # *Difficulty 2/5 · 10 minutes · 2 points · no GPU*
 #
-# A well-known post gives the scale of absmean as $s = 1 / \mathrm{mean}|W|$, rounds $W s$, and then prints $\hat W = q\, s$ [@medmekk2024extreme]. Its code is right, its formula is not. Write the values on the grid.
+# A well-known post gives the scale of absmean as $s = 1 / \mathrm{mean}|W|$, rounds $W s$, and then prints $\hat W = q\, s$ [@medmekk2024extreme]. Its code is
+# right, its formula is not. Write the values on the grid.
 
 
 # %% tags=["exercise"]
@@ -1029,7 +1089,8 @@ for five in torch.cartesian_prod(*[torch.tensor([-1, 0, 1])] * 5).tolist():
 # ### Exercise 3: a sum from two planes of bits
 # *Difficulty 3/5 · 20 minutes · 3 points · no GPU*
 #
-# Kernels do not look at trits one by one. A 2-bit code $c = t + 1$ is $b_0 + 2 b_1$ with two bits. So $\sum t\, x = \sum_{b_0 = 1} x + 2 \sum_{b_1 = 1} x - \sum x$: three plain sums, and the last one
+# Kernels do not look at trits one by one. A 2-bit code $c = t + 1$ is $b_0 + 2 b_1$ with two bits. So $\sum t\, x = \sum_{b_0 = 1} x + 2 \sum_{b_1 = 1} x -
+# \sum x$: three plain sums, and the last one
 # serves all outputs.
 
 
@@ -1081,9 +1142,11 @@ assert plane_sums(x, (t + 1).byte()).tolist() == expected
 # - S. Ma and others, *The Era of 1-bit LLMs: All Large Language Models are in 1.58 Bits*, 2024, arXiv 2402.17764 [@ma2024era].
 # - S. Ma and others, *BitNet b1.58 2B4T Technical Report*, 2025, arXiv 2504.12285 [@ma2025bitnet2b4t].
 # - J. Wang and others, *1-bit AI Infra: Part 1.1, Fast and Lossless BitNet b1.58 Inference on CPUs*, 2024, arXiv 2410.16144 [@wang2024bitnetcpp].
-# - Y. Bengio, N. Léonard, A. Courville, *Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation*, 2013, arXiv 1308.3432 [@bengio2013ste].
+# - Y. Bengio, N. Léonard, A. Courville, *Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation*, 2013, arXiv 1308.3432
+#   [@bengio2013ste].
 # - M. Horowitz, *Computing's energy problem (and what we can do about it)*, ISSCC 2014 [@horowitz2014energy].
-# - The reproduction on the Hugging Face hub [@bitnetrepro], the post on fine-tuning into ternary [@medmekk2024extreme], the question on the weights [@rkinas2024ternary] and llama.cpp's ternary formats [@compilade2024ternary].
+# - The reproduction on the Hugging Face hub [@bitnetrepro], the post on fine-tuning into ternary [@medmekk2024extreme], the question on the weights
+#   [@rkinas2024ternary] and llama.cpp's ternary formats [@compilade2024ternary].
 #
 # ## Next
 #
