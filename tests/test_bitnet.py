@@ -486,6 +486,25 @@ def test_the_plan_has_each_run_once_and_each_sweep_before_what_it_decides():
             assert all(trial.name in names[:place] for trial in bitnet_lm.sweep(run.size))
 
 
+def test_what_is_shipped_can_be_loaded_and_is_what_the_logs_say():
+    logs = bitnet_lm.shipped_logs()
+    for name in ("small-ternary-4M-seed0", "small-float-4M-seed0"):
+        shipped = bitnet_lm.shipped_model(name)
+        log = logs[name]
+        assert shipped.config.hidden_size == bitnet_lm.WIDTHS[log["run"]["size"]]
+        assert not shipped.training and shipped.dtype == torch.float32
+        quantized = [m for m in shipped.modules() if isinstance(m, QuantizedLinear)]
+        assert len(quantized) == (28 if log["run"]["kind"] == "ternary" else 0)
+        rows = [row["held_out"] for row in log["curve"]]
+        assert log["held_out"] == min(rows) and len(rows) == 20
+        card = (bitnet_lm.SHIPPED / name / "README.md").read_text("utf-8")
+        assert card == bitnet_lm.model_card(log)
+    with pytest.raises(
+        ValueError, match="no weights of 'small-other' are shipped; there are small-f"
+    ):
+        bitnet_lm.shipped_model("small-other")
+
+
 # What is refused, and what is handled
 
 

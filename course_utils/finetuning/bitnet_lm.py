@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import BitNetForCausalLM
 
+import course_utils.compression  # noqa: F401 (tells transformers how packed weights are read)
 from course_utils.data.batches import TrainingBatches, token_stream
 from course_utils.data.corpora import documents
 from course_utils.files import replacing
@@ -39,6 +40,7 @@ from course_utils.training.course_lm import (
 )  # fmt: skip
 from course_utils.training.loop import TrainConfig, train
 
+SHIPPED = Path(__file__).parent.parent / "assets" / "bitnet"  # what `ship` wrote for the notebook
 WIDTHS = {"tiny": 64, "small": 128, "medium": 192, "large": 256}
 # What the linear layers compute with; None: float weights.
 KINDS = {
@@ -56,6 +58,34 @@ SWEEPS = {
     "medium": (0.75e-3, 1.5e-3, 3e-3),
     "large": (0.75e-3, 1.5e-3, 3e-3),
 }
+
+
+CARD = """---
+license: apache-2.0
+language: en
+library_name: transformers
+---
+# {name}
+
+A small language model of the course's notebook `chronology/bitnet_demo`: one of two twins, of which one is
+trained with ternary linear layers (BitNet b1.58, arXiv 2402.17764) and the other with float ones. It is a
+test object, and writes text that resembles its training text for a few words.
+
+```python
+import course_utils.compression  # without it transformers makes up random weights for packed ones
+from transformers import BitNetForCausalLM
+
+model = BitNetForCausalLM.from_pretrained("the path of this folder")
+```
+
+|  |  |
+| --- | --- |
+{table}
+
+The log of this run, with its curve, is `{name}.json` beside this folder, with those of other seeds.
+Its held-out loss mixes both texts, and chose the weights that were kept. Perplexity and bits per byte on
+the Factbook are in the notebook.
+"""
 
 
 class TwoStages(TrainConfig):
@@ -220,6 +250,63 @@ def ship(out: Path, folder: Path, plan: list[Run] = PLAN) -> None:
                 trained_model(run, out)
             )  # the model's own refuses what is packed
             model.save_pretrained(folder / run.name)
+            card = folder / run.name / "README.md"
+            card.write_text(model_card(json.loads(finished.read_text("utf-8"))), "utf-8")
+
+
+def model_card(log: dict) -> str:
+    """The README of the shipped weights of a run, from its log."""
+    run, settings = log["run"], log["settings"]
+    ternary, name = KINDS[run["kind"]] is not None, Run(**run).name
+    seen = settings["steps"] * log["batch_sequences"] * log["context"]
+    rates = ", ".join(f"{lr:g}" for lr in SWEEPS[run["size"]])
+    rows = {
+        "linear layers": "ternary, inputs int8 per token" if ternary else "float",
+        "architecture": "transformers' `BitNetForCausalLM`: 4 layers, 4 heads, width "
+        f"{WIDTHS[run['size']]}, tied embedding in float",
+        "parameters": f"{log['parameters']:,}; without the embedding "
+        f"{log['parameters_without_embedding']:,}",
+        "weights": "linear layers in 2 bits with one float32 scale each, all else float16"
+        if ternary
+        else "float16 (trained in float32)",
+        "tokenizer": f"that of course-lm, {VOCABULARY:,} entries; context {log['context']}",
+        "made by": f"`course train-bitnet`, from fresh weights of seed {run['seed']}",
+        "text": f"{' and '.join(CORPORA)}, training split, "
+        f"{log['training_tokens_in_corpus']:,} tokens",
+        "seen": f"{settings['steps']:,} steps of {log['batch_sequences']} sequences, {seen:,} tokens",
+        "optimizer": f"AdamW, betas {settings['betas'][0]} and {settings['betas'][1]}, weight decay "
+        f"{settings['weight_decay']}",
+        "learning rate": f"{settings['lr']}, the best of {rates} in runs of {SWEEP_TOKENS:,} tokens",
+        "schedule": f"{settings['warmup']} steps of warm-up, linear decay to 0 over the last "
+        f"{settings['decay']}",
+        "held-out loss": f"{log['held_out']:.4f} nats per token, 128 windows of documents not trained "
+        "on",
+        "time": f"{log['seconds']:,.0f} s on {log['threads']} threads of a busy CPU, "
+        f"{log['cpu_seconds']:,.0f} CPU seconds",
+        "speed": f"{seen / log['seconds']:,.0f} tokens a second, {seen / log['cpu_seconds']:,.0f} a CPU "
+        "second",
+        "torch, transformers, python": f"{log['torch']}, {log['transformers']}, {log['python']}",
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return CARD.format(name=name, table=table)
+
+
+def shipped_logs(folder: Path = SHIPPED) -> dict[str, dict]:
+    """The logs in `folder`, by the names of their runs: settings, held-out loss, curve, seconds."""
+    return {
+        path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))
+    }
+
+
+def shipped_model(name: str, folder: Path = SHIPPED) -> BitNetForCausalLM:
+    """The shipped model of the run `name`, in float32 beside its packed weights, in evaluation mode.
+
+    Raises `ValueError` for a run whose weights are not shipped, with those that are.
+    """
+    if not (folder / name / "config.json").exists():
+        known = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        raise ValueError(f"no weights of {name!r} are shipped; there are {', '.join(known)}")
+    return BitNetForCausalLM.from_pretrained(folder / name, dtype=torch.float32).eval()
 
 
 def trained_model(run: Run, out: Path) -> BitNetForCausalLM:
