@@ -12,7 +12,7 @@
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/bitnet_demo.ipynb)
-# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/bitnet_demo.ipynb)
+#
 # # BitNet: a language model that is ternary from birth
 #
 # *Large Model Quantization: a deep dive. Milestone 6 of the chronology (2023 to 2025).*
