@@ -962,10 +962,16 @@ table(rows, {"bits per weight": ".4f"})
 #
 # ## What others report
 #
-# These figures are not ours. The b1.58 paper compares models of equal size trained on 100 billion tokens. Its perplexities, as the card of a reproduction
-# quotes them, are 12.33 in float and 12.87 in ternary at 700M parameters, 11.25 and 11.29 at 1.3B, and 10.04 and 9.91 at 3B. The
-# reproduction itself has 12.78, 11.19 and 9.88 in ternary [@bitnetrepro]. The gap closes with size there. Our two sizes are far too small, and too few, to show
-# such a trend.
+# These figures are not ours. The b1.58 paper compares models of equal size trained on 100 billion tokens. Here are its perplexities, as the card of a
+# reproduction quotes them, and the reproduction's own [@bitnetrepro]:
+#
+# | parameters | float | ternary | ternary, reproduced |
+# | --- | --- | --- | --- |
+# | 700M | 12.33 | 12.87 | 12.78 |
+# | 1.3B | 11.25 | 11.29 | 11.19 |
+# | 3B | 10.04 | 9.91 | 9.88 |
+#
+# The gap closes with size there. We have one size with three seeds, far too small and too few to show such a trend.
 #
 # The first BitNet was binary [@wang2023bitnet]. BitNet b1.58 2B4T has 2 billion parameters, trained on 4 trillion tokens [@ma2025bitnet2b4t]. The authors'
 # kernels for CPUs report 1.37 to 5.07 times the speed on ARM and 2.37 to
