@@ -28,9 +28,7 @@ def a_weight(out, groups, width, n_bits, codebook=None, high_first=False):
 
 @needs_triton
 @pytest.mark.parametrize("n_bits", [2, 4, 8])
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 32), (17, 2, 64), (16, 3, 32), (33, 1, 256), (5, 2, 128)]
-)
+@pytest.mark.parametrize("shape", [(1, 1, 32), (17, 2, 64), (16, 3, 32), (33, 1, 256), (5, 2, 128)])
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_the_triton_product_is_the_reference(shape, n_bits, tokens):
     weight = a_weight(*shape, n_bits)

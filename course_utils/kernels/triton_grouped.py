@@ -1,12 +1,12 @@
 """The product with packed codes in Triton: the loop of `cpu.cpp`, as a GPU takes it.
 
-A program computes some rows for one token. It reads a tile's words for all its rows at once, and one shift and one
-mask cut a code out of each word, as on a CPU. The inputs are not put into that order beforehand: they are read at a
-step of `CODES`, out of the cache. Shown in `foundations/packed_kernels`.
+A program computes some rows for one token. It reads a tile's words for all its rows at once, and one shift
+and one mask cut a code out of each word, as on a CPU. The inputs are not put into that order beforehand: they
+are read at a step of `CODES`, out of the cache. Shown in `foundations/packed_kernels`.
 
-It is not part of the dispatch: `grouped_linear` computes with torch on a GPU. Without a GPU it runs under Triton's
-interpreter, for `TRITON_INTERPRET=1` in the environment before Triton is first imported. Left out: codebooks, 3
-bits, int8 inputs, several tokens a program, and tuning of `ROWS`.
+It is not part of the dispatch: `grouped_linear` computes with torch on a GPU. Without a GPU it runs under
+Triton's interpreter, for `TRITON_INTERPRET=1` in the environment before Triton is first imported. Left out:
+codebooks, 3 bits, int8 inputs, several tokens a program, and tuning of `ROWS`.
 """
 
 import os
@@ -32,7 +32,8 @@ if triton is not None:
         words, scale, zero, x, x_sum, y, rows, tiles, tiles_of_group,
         BITS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
-        """y [tokens, rows] of words [rows, tiles, WORDS], scale and zero [rows, groups], x [tokens, tiles, TILE]."""
+        """y [tokens, rows] of words [rows, tiles, WORDS], scale and zero [rows, groups],
+        x [tokens, tiles, TILE], x_sum [tokens, tiles]."""
         CODES: tl.constexpr = 32 // BITS  # of a word
         WORDS: tl.constexpr = TILE // CODES  # of a tile
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
@@ -57,9 +58,9 @@ if triton is not None:
 def triton_linear(x: Tensor, weight: GroupedCodes) -> Tensor:
     """`x @ W.T` for float `x` `[tokens, columns]`, `[tokens, out]` in the dtype of `x`, by Triton.
 
-    Raises ImportError without Triton; RuntimeError on a CPU without its interpreter; ValueError for an `x` that
-    does not fit, and for a weight that the kernel has no code for: 2, 4 or 8 bits with zero points, and groups
-    that a tile of 32 divides.
+    Raises ImportError without Triton; RuntimeError on a CPU without its interpreter; ValueError for an `x`
+    that does not fit, and for a weight that the kernel has no code for: it takes 2, 4 or 8 bits with zero
+    points, in groups that a tile of 32 divides.
     """
     if triton is None:
         raise ImportError("Triton is not installed here: use grouped_linear, or install triton")

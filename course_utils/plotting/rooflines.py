@@ -35,6 +35,9 @@ def roofline(points: Mapping[str, tuple[float, float]], bandwidth: float, peak: 
     ):
         axis.plot(x, y / 1e9, linestyle="none", markersize=8, label=name, **style)
     axis.set(xscale="log", yscale="log")
+    for one in (axis.xaxis, axis.yaxis):
+        one.set_major_formatter(lambda value, _: f"{value:g}")
+        one.set_minor_formatter(lambda *_: "")
     axis.set_xlabel("operations per byte that is read")
     axis.set_ylabel("billion operations a second")
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
