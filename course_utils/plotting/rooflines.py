@@ -33,7 +33,8 @@ def roofline(points: Mapping[str, tuple[float, float]], bandwidth: float, peak: 
     for (name, (x, y)), style in zip(
         points.items(), series_styles(points, "marker").values(), strict=True
     ):
-        axis.plot(x, y / 1e9, linestyle="none", markersize=8, label=name, **style)
+        axis.plot(x, y / 1e9, linestyle="none", markersize=9, markerfacecolor="none",
+                  markeredgewidth=2, label=name, **style)  # fmt: skip
     axis.set(xscale="log", yscale="log")
     for one in (axis.xaxis, axis.yaxis):
         one.set_major_formatter(lambda value, _: f"{value:g}")
