@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["badge"]
-
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/foundations/packed_kernels.ipynb)
 # %% [markdown]
 # When you have worked through this notebook you will be able to
 #
@@ -26,7 +26,39 @@
 # none the notebook says so, and the rest of it runs.
 
 # %% tags=["setup"]
+# Set-up: installs the course's package where it is missing, as on Colab.
+import importlib.metadata
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
 
+VERSION = "0.1.0"
+ARCHIVE = "https://github.com/adiel2012/model-size-reduction/archive/main.zip"
+if importlib.util.find_spec("course_utils") is None:
+    spec = "course_utils[oracles] @ " + os.environ.get("COURSE_UTILS_SPEC", ARCHIVE)
+    # What is installed already stays as it is: pip may only add to it.
+    pins = {}
+    for d in reversed(list(importlib.metadata.distributions())):
+        pins[re.sub("[-_.]+", "-", str(d.name)).lower()] = f"{d.name}=={d.version}\n"
+    pin = re.compile(r"\S+==\d+(\.\d+)*((a|b|rc|\.post|\.dev)\d+)*(\+[\w.]+)?\n")
+    with tempfile.TemporaryDirectory() as folder:
+        with open(f"{folder}/constraints.txt", "w") as file:
+            file.writelines(filter(pin.fullmatch, pins.values()))
+        command = [sys.executable, "-m", "pip", "install", "-c", file.name, spec]
+        pip = subprocess.run(command, capture_output=True, text=True)
+    if pip.returncode != 0:
+        hint = "If versions conflict on Colab: Runtime > Change runtime type > latest."
+        raise RuntimeError(f"pip failed:\n{(pip.stdout + pip.stderr)[-2000:]}{hint}")
+    importlib.invalidate_caches()
+import course_utils
+
+if course_utils.__version__ != VERSION:
+    found = f"The notebook needs course_utils {VERSION}, not {course_utils.__version__}"
+    remedy = "On Colab open it by its badge; elsewhere install its commit, and restart"
+    raise RuntimeError(f"{found}. {remedy}.")
 # %%
 import os
 
@@ -116,7 +148,7 @@ print(f"torch {torch.__version__}, transformers {transformers.__version__}")
 # ## The roofline of this machine
 #
 # We measure both sides on one thread. The bandwidth is that of reading much memory once: a long sum. The peak is that of a large float32 matrix
-# product. Each is the best of five, because anything else that runs can only slow it down.
+# product. Each is the best of many tries, because anything else that runs can only slow it down.
 
 # %%
 cores = os.cpu_count() or 1
@@ -136,10 +168,10 @@ def best_of(n, call):
 
 # %%
 much = torch.ones(profile.pick(quick=2**25, cpu=2**26))  # 128 or 256 MB
-bandwidth = much.nbytes / best_of(5, much.sum)  # bytes per second
+bandwidth = much.nbytes / best_of(40, much.sum)  # bytes per second
 n = profile.pick(quick=1024, cpu=2048)
 square = torch.randn(n, n, generator=generator)
-peak = 2 * n**3 / best_of(5, lambda: square @ square)  # operations per second
+peak = 2 * n**3 / best_of(10, lambda: square @ square)  # operations per second
 del much
 print(f"reading {bandwidth / 1e9:.1f} GB/s, arithmetic {peak / 1e9:.0f} billion/s")
 print(f"they balance at {peak / bandwidth:.1f} operations per byte")
@@ -216,8 +248,8 @@ for c in range(4):
     print(f"words >> {4 * c:2} & 15 =", ((words >> 4 * c) & 15).tolist())
 
 # %% [markdown]
-# Each line is *one* shift and *one* mask for all four words. A vector unit does that in two instructions, for 8 words of 32 bits or 16 words of 16
-# bits at once. But the codes have come out of order: first 0, 4, 8 and 12, then 1, 5, 9 and 13.
+# Each line is *one* shift and *one* mask for all four words. A vector unit with registers of 256 bits does that in two instructions, for 8
+# words of 32 bits or 16 words of 16 bits. But the codes have come out of order: first 0, 4, 8 and 12, then 1, 5, 9 and 13.
 
 # %%
 figure = codes_of_words(4, 4, 4)
@@ -384,7 +416,7 @@ if scalar:
     steps["2 loop over codes"] = partial(product, scalar, x=x)
 
 # %% [markdown]
-# It holds no float weight, which saves much traffic. But each code takes about ten instructions, and each addition waits for the one before.
+# It holds no float weight, which saves much traffic. But every single code costs an address, a shift, a mask and a conversion, and each addition waits for the one before.
 #
 # **Step 3: whole words.** A group of 64 codes is 8 words of 32 bits, with 8 codes each. One shift and one mask give 8 codes at once. The inputs
 # come in the order of the codes.
@@ -525,7 +557,7 @@ for name, step in steps.items():
 table(rows, {"off the exact product": ".1e", "off its own": ".1e"})
 
 # %% [markdown]
-# With float inputs all steps agree up to the order of additions. With int8 inputs nearly all of the difference is the rounding of the inputs.
+# With float inputs all steps agree up to the order of additions. With int8 inputs the difference is the rounding of the inputs: the last column is small.
 #
 # ### Then the time
 #
@@ -598,8 +630,7 @@ table([{"step": name, "of the roof": share} for name, share in shares.items()],
 
 # %% [markdown]
 # float32 reached {{packed.step.float.share:.0%}} of its roof in the recorded run: memory is its bound, and only fewer bytes can help it. Our last kernel reached
-# {{packed.step.int8.share:.0%}} of a roof that is higher. What it lacks goes into shifts, masks and conversions, which the roofline does not count as
-# operations.
+# {{packed.step.int8.share:.0%}} of a roof that is higher. Shifts, masks and conversions take time too, and the roofline does not count them as operations.
 
 # %% [markdown]
 # ## Beside libraries
@@ -679,7 +710,8 @@ torch.set_num_threads(given_threads)  # for the quality; back to one thread afte
 # ## What do int8 inputs cost?
 #
 # The fastest kernel rounds the inputs. What does the model lose by that? We quantize to 4 bits once, and change only the inputs: float, int8
-# with a scale for each **tile** of a token's inputs, and, as a control, int8 with one scale for the **whole token**. A group holds 128 columns where that divides all layers of a model, else 64.
+# with a scale for each **tile** of a token's inputs, and, as a control, int8 with one scale for the **whole token**. A group holds 128 columns where
+# that divides all layers of a model, else 64.
 
 
 # %%
@@ -751,7 +783,7 @@ for name, found in compared.items():
 # %% [markdown]
 # course-lm lost {{packed.course-lm.w4.loss:.4f}} ± {{packed.course-lm.w4.loss_error:.4f}} nats by its 4-bit weights in the recorded run. Int8 inputs added
 # {{packed.course-lm.int8.tile.more:+.4f}} ± {{packed.course-lm.int8.tile.more_error:.4f}} with a scale for each tile, and {{packed.course-lm.int8.token.more:+.4f}} ±
-# {{packed.course-lm.int8.token.more_error:.4f}} with one for each token. On SmolLM2, which has massive activations (`llm_int8_demo`), they added
+# {{packed.course-lm.int8.token.more_error:.4f}} with one for each token. On SmolLM2, which was made from a 4-bit file and has massive activations (`llm_int8_demo`), they added
 # {{packed.smollm2-135m-q4_1.int8.tile.more:+.3f}} ± {{packed.smollm2-135m-q4_1.int8.tile.more_error:.3f}} and {{packed.smollm2-135m-q4_1.int8.token.more:+.3f}} ±
 # {{packed.smollm2-135m-q4_1.int8.token.more_error:.3f}}. The first of these is not distinguished from 0; the second is. A massive value ruins the step of its own tile only, instead of the
 # whole token's. The scales of the tiles cost no memory traffic worth naming, because they belong to the inputs.
@@ -837,15 +869,15 @@ if has_kernel:
 # *Figure: milliseconds per token against the number of tokens at once, both axes logarithmic, on one thread. One line for each product. The dotted line is where
 # the package goes over from one to the other.*
 #
-# Of the numbers of tokens that we tried, decoding rows first overtook the kernel at {{packed.prefill.crossover:.0f}} in the recorded run. With one token the kernel that reads codes took {{packed.prefill.codes.m1:.3f}} ms and float
-# {{packed.prefill.float.m1:.3f}}. With 128 tokens decoded rows took {{packed.prefill.rows.m128:.3f}} ms a token and float
-# {{packed.prefill.float.m128:.3f}}. (This matrix may lie in the cache, so float does better here with one token than in a large model.) With many tokens packed
+# Of the numbers of tokens that we tried, decoding rows first overtook the kernel at {{packed.prefill.crossover:.0f}} in the recorded run. With one
+# token the kernel that reads codes took {{packed.prefill.codes.m1:.3f}} ms and float {{packed.prefill.float.m1:.3f}}. With 128 tokens decoded rows took {{packed.prefill.rows.m128:.3f}} ms a token and float
+# {{packed.prefill.float.m128:.3f}}. (This one matrix may stay in the cache from call to call, as those of a large model do not.) With many tokens packed
 # weights save memory, but no time: the arithmetic is the same, and the decoding comes on top.
 #
 # ## Why int8 with outliers can be slower than float
 #
-# LLM.int8() [@dettmers2022llmint8] stores a byte for each weight, a quarter of float32. Yet its authors report cases that are slower than float, and so does our
-# README. Its product does more than multiply: it looks for the outliers, scales and rounds the inputs, gathers the outliers' columns, decodes them, multiplies
+# LLM.int8() [@dettmers2022llmint8] stores a byte for each weight, a quarter of float32. Yet its authors report cases that are slower than float
+# [@belkada2022gentle]. Its product does more than multiply: it looks for the outliers, scales and rounds the inputs, gathers the outliers' columns, decodes them, multiplies
 # them in float, rescales, and adds. On a small layer these passes are the time. We measure one layer of each size, with 1 and with 128 tokens.
 
 # %%
@@ -882,8 +914,8 @@ for row, case in zip(rows, ("tiny", "one", "many"), strict=True):
 # The tiny layer has hardly any arithmetic, so its row is the fixed price of a call. In the recorded run that was {{packed.outliers.tiny.float:.3f}} ms for float,
 # {{packed.outliers.tiny.int8:.3f}} for int8 and {{packed.outliers.tiny.outliers:.3f}} with outliers. At 1024 x 1024 with one token the three took
 # {{packed.outliers.one.float:.3f}}, {{packed.outliers.one.int8:.3f}} and {{packed.outliers.one.outliers:.3f}} ms; with 128 tokens {{packed.outliers.many.float:.2f}},
-# {{packed.outliers.many.int8:.2f}} and {{packed.outliers.many.outliers:.2f}} ms. The saved bytes have to pay for the passes first. In layers of a small model they may not; a kernel that fuses the passes moves
-# that limit.
+# {{packed.outliers.many.int8:.2f}} and {{packed.outliers.many.outliers:.2f}} ms. The saved bytes have to pay for the passes first. In layers of a small
+# model they may not; a kernel that fuses the passes moves that limit.
 #
 # ## A whole model
 #
@@ -906,7 +938,7 @@ def timed(model, prompt, choice, new_tokens):
 
 
 # %%
-n_rounds, n_tokens = profile.pick(quick=(2, 8), cpu=(3, 12))
+n_rounds, n_tokens = profile.pick(quick=(2, 8), cpu=(3, 8))
 cases, taken = {}, {}  # by model and way; a median for each round
 for name, (model, tokenizer) in models.items():
     prompt = protocols[name].text(tokenizer).tokens[:32]
@@ -943,10 +975,11 @@ for row in rows:
 
 # %% [markdown]
 # In the recorded run a token of course-lm took {{packed.course-lm.float.ms_per_token:.1f}} ms in float, {{packed.course-lm.torch.ms_per_token:.1f}} with 4 bits decoded by torch, and
-# {{packed.course-lm.compiled.ms_per_token:.1f}} with the compiled kernel. Its layers are so small that most of a token is the calls around them: the bound in float is only
-# {{packed.course-lm.float.bound:.1f}} ms. SmolLM2 took {{packed.smollm2-135m-q4_1.float.ms_per_token:.0f}}, {{packed.smollm2-135m-q4_1.torch.ms_per_token:.0f}} and
-# {{packed.smollm2-135m-q4_1.compiled.ms_per_token:.0f}} ms, and {{packed.smollm2-135m-q4_1.int8.ms_per_token:.0f}} with int8 inputs. That is
-# {{packed.smollm2-135m-q4_1.int8.times_float:.1f}} times the speed of float, where the bytes would allow {{packed.smollm2-135m-q4_1.fewer_bytes:.1f}}. Its tensors fell from
+# {{packed.course-lm.compiled.ms_per_token:.1f}} with the compiled kernel. The bound of the last is only {{packed.course-lm.compiled.bound:.1f}} ms: its layers are so small that the calls around them take
+# the time. SmolLM2 took {{packed.smollm2-135m-q4_1.float.ms_per_token:.0f}}, {{packed.smollm2-135m-q4_1.torch.ms_per_token:.0f}} and
+# {{packed.smollm2-135m-q4_1.compiled.ms_per_token:.0f}} ms, and {{packed.smollm2-135m-q4_1.int8.ms_per_token:.0f}} with int8 inputs. The compiled kernel with float inputs had
+# {{packed.smollm2-135m-q4_1.compiled.times_float:.2f}} times the speed of float, with int8 inputs {{packed.smollm2-135m-q4_1.int8.times_float:.2f}}; the bytes alone
+# would allow {{packed.smollm2-135m-q4_1.fewer_bytes:.1f}}. Its tensors fell from
 # {{packed.smollm2-135m-q4_1.float.tensors:.0f}} to {{packed.smollm2-135m-q4_1.compiled.tensors:.0f}} MB. The kernel also keeps scales and zero points as float32, which it makes at the first
 # call: 64 bits for every group, on top of these bytes.
 #
@@ -963,8 +996,9 @@ speaking["one scale a token"] = quantized[name]["int8, a token"]
 print(continuations(speaking, models[name].tokenizer, prompt_of(name), new_tokens=24))
 
 # %% [markdown]
-# With a scale for each tile the model writes the same with rounded inputs as with float ones. On SmolLM2 one scale for the whole token leads to another
-# line. The float model's line differs from all of them: that is the price of the 4-bit weights, not of the kernel.
+# SmolLM2 writes the same with a scale for each tile as with float inputs, and another line with one scale for the whole token. (course-lm, which speaks
+# in the profile `quick`, leaves the line of float inputs after some tokens with either.) The float model's line differs from all of them:
+# that is the price of the 4-bit weights, not of the kernel.
 #
 # ## The same idea on a GPU
 #
@@ -1159,10 +1193,12 @@ assert torch.equal(found, torch.arange(96).view(3, 8, 4).mT.flatten())
 #   [@jacob2017integer]: zero points outside the sum.
 # - T. Dettmers, M. Lewis, Y. Belkada, L. Zettlemoyer, *LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale*, NeurIPS 2022,
 #   arXiv 2208.07339 [@dettmers2022llmint8].
+# - Y. Belkada, T. Dettmers, *A Gentle Introduction to 8-bit Matrix Multiplication for transformers at scale*, Hugging Face blog, 2022
+#   [@belkada2022gentle].
 # - P. Tillet, H. T. Kung, D. Cox, *Triton: An Intermediate Language and Compiler for Tiled Neural Network Computations*, MAPL 2019
 #   [@tillet2019triton].
 # - The library bitsandbytes [@bitsandbytes]; the models course-lm (trained by this project, see its model card) and SmolLM2 [@allal2025smollm2].
 #
 # ## Next
 #
-# `llm_int8_demo`: what to do about the inputs that are too large for 8 bits.
+# `llm_int8_demo`: what to do with inputs that are too large for 8 bits.
