@@ -870,15 +870,15 @@ if has_kernel:
 # the package goes over from one to the other.*
 #
 # Of the numbers of tokens that we tried, decoding rows first overtook the kernel at {{packed.prefill.crossover:.0f}} in the recorded run. With one
-# token the kernel that reads codes took {{packed.prefill.codes.m1:.3f}} ms and float {{packed.prefill.float.m1:.3f}}. With 128 tokens decoded rows took {{packed.prefill.rows.m128:.3f}} ms a token and float
-# {{packed.prefill.float.m128:.3f}}. (This one matrix may stay in the cache from call to call, as those of a large model do not.) With many tokens packed
+# token the kernel that reads codes took {{packed.prefill.codes.m1:.3f}} ms and float {{packed.prefill.float.m1:.3f}}. With 128 tokens decoded rows took
+# {{packed.prefill.rows.m128:.3f}} ms a token and float {{packed.prefill.float.m128:.3f}}. (This one matrix may stay in the cache from call to call, as those of a large model do not.) With many tokens packed
 # weights save memory, but no time: the arithmetic is the same, and the decoding comes on top.
 #
 # ## Why int8 with outliers can be slower than float
 #
 # LLM.int8() [@dettmers2022llmint8] stores a byte for each weight, a quarter of float32. Yet its authors report cases that are slower than float
-# [@belkada2022gentle]. Its product does more than multiply: it looks for the outliers, scales and rounds the inputs, gathers the outliers' columns, decodes them, multiplies
-# them in float, rescales, and adds. On a small layer these passes are the time. We measure one layer of each size, with 1 and with 128 tokens.
+# [@belkada2022gentle]. Its product does more than multiply: it looks for the outliers, scales and rounds the inputs, gathers the outliers' columns, decodes
+# them, multiplies them in float, rescales, and adds. On a small layer these passes are the time. We measure one layer of each size, with 1 and with 128 tokens.
 
 # %%
 plain, mixed = get_method("llm_int8", threshold=0.0), get_method("llm_int8")
@@ -983,6 +983,64 @@ for row in rows:
 # {{packed.smollm2-135m-q4_1.float.tensors:.0f}} to {{packed.smollm2-135m-q4_1.compiled.tensors:.0f}} MB. The kernel also keeps scales and zero points as float32, which it makes at the first
 # call: 64 bits for every group, on top of these bytes.
 #
+# ### Where the time goes
+#
+# The bytes allow more than we got. So we take a token apart: time in the linear layers, in the float head, and in all the rest. Hooks before and
+# after each module take the times.
+
+
+# %%
+def parts_of_token(model, names, token, choice, n=12):
+    """Milliseconds of one token in the layers `names`, in the head, and in the rest."""
+    spent, started = {"layers": 0.0, "head": 0.0}, {}
+    modules, hooks = [("layers", model.get_submodule(name)) for name in names], []
+
+    def start(module, *_):
+        started[module] = time.perf_counter()
+
+    def stop(part, module, *_):
+        spent[part] += (time.perf_counter() - started[module]) / n * 1e3
+
+    for part, module in [*modules, ("head", model.get_output_embeddings())]:
+        hooks.append(module.register_forward_pre_hook(start))
+        hooks.append(module.register_forward_hook(partial(stop, part)))
+    with patch.dict(os.environ, COURSE_KERNELS=choice), torch.no_grad():
+        model(input_ids=token)  # warm-up
+        spent |= dict.fromkeys(spent, 0.0)
+        begun = time.perf_counter()
+        for _ in range(n):
+            model(input_ids=token)
+        whole = (time.perf_counter() - begun) / n * 1e3
+    for hook in hooks:
+        hook.remove()
+    return spent | {"rest": whole - sum(spent.values())}
+
+
+# %%
+parts = []
+for name, (model, tokenizer) in models.items():
+    layers = [layer.name for layer in linear_layers(model)]
+    token = protocols[name].text(tokenizer).tokens[None, :1]  # [1, 1]
+    for way, (variant, choice) in cases[name].items():
+        if choice != "torch":
+            taken_apart = parts_of_token(variant, layers, token, choice)
+            parts.append({"model": name, "way": way} | taken_apart)
+table(parts, dict.fromkeys(("layers", "head", "rest"), ".2f"))
+
+# %% tags=["folded"]
+# Records the parts of a token.
+for row in parts:
+    key = f"packed.{row['model']}.{SHORT.get(row['way'], 'int8')}"
+    for part in ("layers", "head", "rest"):
+        record(f"{key}.{part}_ms", row[part], "ms", model=row["model"], threads=1)
+
+# %% [markdown]
+# In the recorded run the layers of SmolLM2 took {{packed.smollm2-135m-q4_1.float.layers_ms:.1f}} ms of a token in float, and
+# {{packed.smollm2-135m-q4_1.compiled.layers_ms:.1f}} with the compiled kernel, or {{packed.smollm2-135m-q4_1.int8.layers_ms:.1f}} with int8 inputs. The head took
+# {{packed.smollm2-135m-q4_1.float.head_ms:.1f}} and {{packed.smollm2-135m-q4_1.compiled.head_ms:.1f}}, and the rest
+# {{packed.smollm2-135m-q4_1.float.rest_ms:.1f}} and {{packed.smollm2-135m-q4_1.compiled.rest_ms:.1f}}. The rest is attention,
+# norms, and Python around hundreds of small calls. A kernel for the layers does not touch it: the faster the layers get, the more the rest is what one waits for.
+#
 # ### The model speaks
 #
 # Does the fast model write the same? One prompt, continued with the likeliest token each time.
@@ -1048,7 +1106,7 @@ else:
 # ## Limits
 #
 # - All times are one machine's at one moment, and it did other things too. Ratios move with the processor: its vector width, its cache, its memory.
-# - The ladder's matrix is larger than any layer of our models. Small layers spend their time in calls, as course-lm shows.
+# - The ladder's matrix is larger than any layer of our models. In a small model much of a token is not in its layers, and a kernel does not help there.
 # - The kernels have no prefetching, no blocking over rows, and no instruction that multiplies bytes directly. Faster ones exist.
 # - The head stays in float. With 4-bit layers it is the largest part of what a token reads.
 # - The cost of int8 inputs is measured on two small models, with round-to-nearest weights. SmolLM2 comes from a 4-bit file.
