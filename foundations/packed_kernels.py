@@ -629,7 +629,7 @@ table([{"step": name, "of the roof": share} for name, share in shares.items()],
       {"of the roof": ".0%"})  # fmt: skip
 
 # %% [markdown]
-# float32 reached {{packed.step.float.share:.0%}} of its roof in the recorded run: memory is its bound, and only fewer bytes can help it. Our last kernel reached
+# float32 reached {{packed.step.float.share:.0%}} of its roof in the recorded run. That part of the roof is the slope: only fewer bytes can lift it. Our last kernel reached
 # {{packed.step.int8.share:.0%}} of a roof that is higher. Shifts, masks and conversions take time too, and the roofline does not count them as operations.
 
 # %% [markdown]
@@ -986,7 +986,7 @@ for row in rows:
 # ### Where the time goes
 #
 # The bytes allow more than we got. So we take a token apart: time in the linear layers, in the float head, and in all the rest. Hooks before and
-# after each module take the times.
+# after each module take the times; the fastest of three tries counts.
 
 
 # %%
@@ -1023,8 +1023,9 @@ for name, (model, tokenizer) in models.items():
     token = protocols[name].text(tokenizer).tokens[None, :1]  # [1, 1]
     for way, (variant, choice) in cases[name].items():
         if choice != "torch":
-            taken_apart = parts_of_token(variant, layers, token, choice)
-            parts.append({"model": name, "way": way} | taken_apart)
+            tries = [parts_of_token(variant, layers, token, choice) for _ in range(3)]
+            fastest = min(tries, key=lambda found: sum(found.values()))
+            parts.append({"model": name, "way": way} | fastest)
 table(parts, dict.fromkeys(("layers", "head", "rest"), ".2f"))
 
 # %% tags=["folded"]
