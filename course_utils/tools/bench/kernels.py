@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
+from course_utils.evaluation.turns import in_turns
 from course_utils.grids.codebook import NF4
 from course_utils.kernels import GroupedCodes, backend, grouped_linear, pack
 from course_utils.plotting import new_figure
@@ -97,18 +99,13 @@ def _run(contenders: list[Contender], size: int, m: int, rounds: int) -> None:
             raise CourseError(
                 f"{contender.name}: outputs are off by {off:.1e}: nothing to compare."
             )
-        contender.milliseconds.clear()
-    for turn in range(rounds + 1):  # the first is the warm-up
-        for contender in contenders:
-            calls = [
-                contender.copies[(turn * CALLS + i) % len(contender.copies)] for i in range(CALLS)
-            ]
-            start = time.perf_counter()
-            for call in calls:
-                call(x)
-            seconds = time.perf_counter() - start
-            if turn:
-                contender.milliseconds.append(seconds / CALLS * 1e3)
+    calls = {
+        contender.name: [partial(product, x) for product in contender.copies]
+        for contender in contenders
+    }
+    taken = in_turns(calls, rounds=rounds, calls=CALLS)
+    for contender in contenders:
+        contender.milliseconds[:] = taken[contender.name]
 
 
 def _contenders(size: int, threads: int, pool: ThreadPoolExecutor) -> Iterator[Contender]:
