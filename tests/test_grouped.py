@@ -87,6 +87,11 @@ def test_products_come_in_the_dtype_of_the_inputs(dtype):
     assert relative(found.float(), x.float() @ weight.dequantize().T) < 1e-2
 
 
+def test_float64_inputs_are_multiplied_in_float64():
+    weight, x = a_weight(5, 2, 32, 4, 1), torch.randn(3, 64, dtype=torch.float64)
+    assert torch.equal(grouped_linear(x, weight), x @ weight.dequantize().double().T)
+
+
 def test_all_numbers_of_threads_give_the_same():
     weight, x = a_weight(64, 4, 64, 4, 2), torch.randn(5, 256)
     before, found = torch.get_num_threads(), []

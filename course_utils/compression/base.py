@@ -266,7 +266,7 @@ def with_decoded_gradient(
     Rounded inputs have no gradient worth the name; that of the decoded weight is bitsandbytes' as well. The
     weight is decoded again in the backward pass: what waits for it is the packed weight alone.
     """
-    if not torch.is_grad_enabled():  # what stands around a call costs a small layer more than the call
+    if not torch.is_grad_enabled():  # around a small layer, autograd's function costs more than it
         return multiply(x, weight, bias)
     return _DecodedGradient.apply(multiply, weight, x, bias, *weight.tensors().values())
 

@@ -107,7 +107,7 @@ def grouped_linear(
         raise ValueError(f"inputs are on {x.device}, codes on {weight.codes.device}")
     if inputs not in INPUTS:
         raise ValueError(f"inputs {inputs!r}: choose one of {', '.join(INPUTS)}")
-    if backend(weight) == "torch":
+    if backend(weight) == "torch" or x.dtype == torch.float64:  # compiled sums are of float32
         if inputs == "int8":
             x = rounded_inputs(x, _tile(weight))
         return F.linear(x, weight.dequantize().to(x.dtype))
