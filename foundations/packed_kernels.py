@@ -12,6 +12,11 @@
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/foundations/packed_kernels.ipynb)
+#
+# # Packed kernels: when four bits are faster than thirty-two
+#
+# *Large Model Quantization: a deep dive. Foundations.*
+
 # %% [markdown]
 # When you have worked through this notebook you will be able to
 #
