@@ -32,7 +32,7 @@ def check_sparsity(sparsity: float) -> None:
 
 
 def n_zeros(count: int, sparsity: float) -> int:
-    """How many of `count` weights go: `round(sparsity * count)`, half to even."""
+    """How many of `count` weights go: `round(sparsity * count)`, half to even. Of a few it may be all."""
     check_sparsity(sparsity)
     return round(sparsity * count)
 

@@ -127,9 +127,9 @@ def stored_values(values: Tensor, dtype: ValueDtype) -> Tensor:
     return stored
 
 
-def bitmask_bytes(weights: int, kept: int, value_bytes: int = 2) -> int:
-    """Bytes of `kept` values of `weights` in all, and of a bit for each, in rows of whole bytes."""
-    return -(-weights // 8) + kept * value_bytes
+def bitmask_bytes(rows: int, columns: int, kept: int, value_bytes: int = 2) -> int:
+    """Bytes of a `BitmaskWeight`: `kept` values, and a bit for every weight, each row in whole bytes."""
+    return rows * -(-columns // 8) + kept * value_bytes
 
 
 def csr_bytes(rows: int, kept: int, value_bytes: int = 2, index_bytes: int = 4) -> int:
