@@ -16,9 +16,13 @@ SETTINGS = {  # beside the defaults: all that treats inputs otherwise, and width
     "awq": [{"group_size": 32}],
     "gptq": [{"group_size": 32}],
     "llm_int8": [{}, {"threshold": 0.0}, {"outlier_weights": "original"}],
+    "magnitude": [{}, {"sparsity": "2:4"}],
     "smoothquant": [{}, {"inputs": "static"}],
+    "sparsegpt": [{}, {"sparsity": "2:4"}],
+    "wanda": [{}, {"sparsity": "2:4"}],
 }  # fmt: skip
-COSINE = {"bitnet": 0.85}  # of the decoded and the float weight; three values are coarse
+# of the decoded and the float weight; three values are coarse, and so is half of the weights
+COSINE = {"bitnet": 0.85, "magnitude": 0.9, "sparsegpt": 0.8, "wanda": 0.9}
 METHODS = [(name, given) for name in method_names() for given in SETTINGS.get(name, [{}])]
 EACH = pytest.mark.parametrize(("name", "given"), METHODS, ids=str)
 

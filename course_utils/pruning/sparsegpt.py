@@ -1,0 +1,176 @@
+"""SparseGPT: column by column, what a removed weight did is made up for by the columns behind it.
+
+Frantar and Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
+arXiv 2301.00774, algorithm 1: GPTQ's column loop, in which a weight becomes zero or stays, instead of
+becoming a code. What the paper leaves open follows the authors' code (github.com/IST-DASLab/sparsegpt),
+but for the count: their comparison with a threshold removes a weight more than asked from each block, and
+one at sparsity 0. Here `n_zeros` of the layer's weights go, exactly. Left out: quantizing the weights that
+stay in the same pass.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from course_utils.compression.base import Method, check_weight, dequantized_linear
+from course_utils.compression.compensation import compensate
+from course_utils.compression.hessian import Hessian, check_hessian, inverse_factor
+from course_utils.pruning.magnitude import check_dtype
+from course_utils.pruning.masks import (
+    check_pattern,
+    check_setting,
+    n_m,
+    n_m_mask,
+    n_zeros,
+    without_lowest,
+)
+from course_utils.pruning.sparse import BitmaskWeight, TwoFourWeight, store, weight_class
+
+
+class Pruned(NamedTuple):
+    """What `sparsegpt` finds."""
+
+    weight: Tensor  # [out, in] in the Hessian's dtype, zero where the mask is False
+    mask: Tensor  # bool [out, in], True where a weight stays
+    losses: Tensor  # [out, in]: what each removal adds to the objective
+
+
+@torch.no_grad()
+def sparsegpt(
+    weight: Tensor,
+    hessian: Tensor,
+    sparsity: float | str,
+    *,
+    damping: float = 0.01,
+    block_size: int = 128,
+) -> Pruned:
+    """Prune `weight` `[out, in]` under `hessian` `[in, in]` of its inputs. Algorithm 1.
+
+    A share of the weights goes block by block: at the first column of each `block_size` the lowest
+    w^2 / U_jj^2 of the block, over all rows. So rows may lose more or fewer. For a pattern "n:m" the same
+    is decided at every m-th column, in each row, by the weights as they are at that moment. All is
+    computed in the dtype of `hessian`; the authors take float32, `SparseGPT` float64.
+
+    An input feature that was always zero loses its weights, as in the authors' code, and has 1 on the
+    Hessian's diagonal. The losses, (w / U_kk)^2 / 2 of each removed w, sum up to half the trace of
+    dW H dW^T, H damped and dW = W - Q, where W is 0 for dead features.
+
+    Raises ValueError for a Hessian of another shape, with NaN or infinity, or not positive definite when
+    damped; for a sparsity that is none; for an m that does not divide the columns.
+    """
+    check_weight(weight)
+    check_setting(sparsity)
+    out, columns = weight.shape
+    check_hessian(hessian, columns)
+    H = hessian.clone()
+    dead = H.diagonal() == 0
+    H.diagonal()[dead] = 1
+    # [out, in] as in the paper, each column in one piece of memory
+    W = weight.T.to(H.dtype, copy=True, memory_format=torch.contiguous_format).T
+    W[:, dead] = 0
+    U = inverse_factor(H, damping)
+    Q, mask = torch.empty_like(W), torch.empty_like(W, dtype=torch.bool)
+
+    def scores(i: int, stop: int, pending: Tensor) -> Tensor:
+        """w^2 / U_jj^2 of the columns from i on, as the columns before have left them."""
+        now = W[:, i:stop] - pending @ U[i - pending.shape[1] : i, i:stop]
+        return (now / U.diagonal()[i:stop]).square()
+
+    if isinstance(sparsity, str):
+        check_pattern(sparsity, columns)
+        _, step = n_m(sparsity)
+    else:
+        step = block_size
+
+    def choose(i: int, pending: Tensor) -> Tensor:
+        """The mask of the step's columns from i on."""
+        stop = min(i + step, columns)
+        if isinstance(sparsity, str):
+            return n_m_mask(scores(i, stop, pending), sparsity)
+        zeros = n_zeros(out * stop, sparsity) - n_zeros(out * i, sparsity)  # exact over all blocks
+        found = scores(i, stop, pending)
+        return without_lowest(found.flatten(), zeros).view(found.shape)
+
+    def keep_or_zero(i: int, w: Tensor, pending: Tensor) -> Tensor:
+        """Column i, `w` `[out, 1]`, with zeros where its step's mask has them."""
+        if i % step == 0:
+            mask[:, i : i + step] = choose(i, pending)
+        q = w.where(mask[:, i : i + 1], 0)
+        Q[:, i : i + 1] = q
+        return q
+
+    errors = compensate(W, U, keep_or_zero, block_size=block_size)
+    return Pruned(Q.contiguous(), mask.contiguous(), errors.square().div(2).contiguous())
+
+
+@dataclass(frozen=True)
+class SparseGPT(Method):
+    """Remove a share of a layer's weights, or a pattern as "2:4", and let those that stay make up for it.
+
+    `damping`: share of the Hessian's mean diagonal that is added to it. `block_size`: columns of which a
+    share is chosen together, and after which the errors move on; with a pattern it changes nothing but
+    time. `value_dtype`: how the weights that stay are stored.
+    """
+
+    sparsity: float | str = 0.5
+    damping: float = 0.01
+    block_size: int = 128
+    value_dtype: Literal["float16", "float32"] = "float16"
+    name: ClassVar[str] = "sparsegpt"
+
+    def __post_init__(self):
+        check_setting(self.sparsity)
+        check_dtype(self.value_dtype)
+        if type(self.block_size) is not int or self.block_size < 1:
+            raise ValueError(f"block_size {self.block_size!r}: choose a positive number")
+        if not 0 <= self.damping < float("inf"):
+            raise ValueError(f"damping {self.damping} must be 0 or positive; the paper's is 0.01")
+
+    @property
+    def weight_type(self) -> type:
+        """2:4 has a class of its own."""
+        return weight_class(self.sparsity)
+
+    def check_shape(self, out: int, columns: int) -> None:
+        """Refuse columns that a pattern does not divide."""
+        if isinstance(self.sparsity, str):
+            check_pattern(self.sparsity, columns)
+
+    @property
+    def wants_statistics(self) -> bool:
+        """Always: the Hessian."""
+        return True
+
+    def new_statistics(self, in_features: int, device: torch.device) -> Hessian:
+        """The Hessian, still without inputs."""
+        return Hessian(in_features, device)
+
+    def quantize(
+        self, weight: Tensor, statistics: Hessian | None = None
+    ) -> BitmaskWeight | TwoFourWeight:
+        """What is left of `weight` `[out, in]`, computed in float64."""
+        check_weight(weight)
+        if statistics is None:
+            raise ValueError(
+                "SparseGPT needs the Hessian of the layer's inputs: give quantize_model some calibration"
+            )
+        found = sparsegpt(
+            weight,
+            statistics.matrix(),
+            self.sparsity,
+            damping=self.damping,
+            block_size=self.block_size,
+        )
+        return store(found.weight, found.mask, self.sparsity, self.value_dtype)
+
+    def output_error(
+        self, weight: Tensor, approximation: Tensor, statistics: Hessian
+    ) -> float | None:
+        """The Hessian tells it: no need to run the block again."""
+        return statistics.relative_error(weight.float(), approximation)
+
+    def linear(self, x: Tensor, weight: BitmaskWeight | TwoFourWeight, bias: Tensor | None):
+        """`x @ W.T + bias`, for `x` `[tokens, in]`, with the decoded weight."""
+        return dequantized_linear(x, weight, bias)
