@@ -635,7 +635,8 @@ table([{"step": name, "of the roof": share} for name, share in shares.items()],
 
 # %% [markdown]
 # float32 reached {{packed.step.float.share:.0%}} of its roof in the recorded run. That part of the roof is the slope: only fewer bytes can lift it. Our last kernel reached
-# {{packed.step.int8.share:.0%}} of a roof that is higher. Shifts, masks and conversions take time too, and the roofline does not count them as operations.
+# {{packed.step.int8.share:.0%}} of a roof that is higher. Shifts, masks and conversions take time too, and the roofline does not count them as operations. (A share above
+# 100% says that summing, by which we measured the reading, is not the fastest way to read.)
 
 # %% [markdown]
 # ## Beside libraries

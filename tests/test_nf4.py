@@ -1,5 +1,8 @@
 """NF4: codes, bytes and values bit for bit those of bitsandbytes; nothing lost by bad input."""
 
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
 
 import bitsandbytes.functional as bnb
@@ -7,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import tiny_llama
 
 from course_utils.compression import QuantizedLinear, get_method, quantize_model
 from course_utils.grids.codebook import NF4, OFFSET, dynamic_map, nearest_codes, normal_levels
@@ -174,3 +178,19 @@ def test_a_broken_nested_state_is_refused():
         replace(ours, absmax=ours.absmax[1:])
     with pytest.raises(ValueError, match=r"take nested_absmax \[1\], got \[2\]"):
         replace(ours, nested_absmax=ours.nested_absmax.repeat(2))
+
+
+def test_a_saved_model_computes_in_a_fresh_process(tmp_path):
+    """There transformers imports the method while the default device is "meta"."""
+    model = tiny_llama().eval()
+    quantize_model(model, get_method("nf4", block_size=32))
+    model.save_pretrained(tmp_path)
+    code = f"""
+        import torch, course_utils.compression
+        from transformers import AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
+        print(bool(model(torch.arange(8)[None]).logits.isfinite().all()))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr

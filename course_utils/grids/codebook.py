@@ -11,6 +11,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+# "cpu" by name: `from_pretrained` imports a packed model's method, and so this, with "meta" as the default.
 # The published values. `normal_levels()` gives them to 2e-7: the quantile function's last digits differ
 # from library to library, so the table is what is stored against.
 NF4 = torch.tensor([
@@ -18,12 +19,12 @@ NF4 = torch.tensor([
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-])  # fmt: skip
+], device="cpu")  # fmt: skip
 
 # bitsandbytes' 4-bit floats, ascending: sign, 2 bits of exponent, 1 of mantissa, divided by the largest. Two
 # of the 16 are zeros.
 _FP4 = [size / 12 for size in (0, 0.0625, 2, 3, 4, 6, 8, 12)]
-FP4 = torch.tensor([*(-size for size in reversed(_FP4)), *_FP4])
+FP4 = torch.tensor([*(-size for size in reversed(_FP4)), *_FP4], device="cpu")
 
 PART = 2**16  # values that get their codes at a time: they fit into a processor's cache
 
