@@ -5,9 +5,7 @@ memory holds no float weights that were there before. Contenders take turns, rou
 """
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,10 +18,11 @@ from course_utils.data.tokens import calibration_tokens
 from course_utils.models import ModelUnavailable, load_model
 from course_utils.results import record, set_context
 from course_utils.tools import CourseError
-from course_utils.tools.bench.quantize import PACKAGE, cause_of_failure, parse_method
+from course_utils.tools.bench.quantize import PACKAGE, key_part, parse_method, run_logged
 
 CALIBRATION = 4, 256  # sequences, tokens: quality is not measured here
 FLOAT = "float"
+ONCE = "course_utils.tools.bench.generate_once"
 
 
 @dataclass
@@ -64,14 +63,12 @@ def bench_generate(
             raise CourseError(str(error)) from error
         bits = 32.0
         if spec != FLOAT:
-            length = min(CALIBRATION[1], model.config.max_position_embeddings)
-            method = methods[spec]
-            text = calibration_tokens(tokenizer, CALIBRATION[0], length)
+            method, text = methods[spec], None
+            if method.needs_calibration:
+                length = min(CALIBRATION[1], model.config.max_position_embeddings)
+                text = calibration_tokens(tokenizer, CALIBRATION[0], length)
             report = quantize_model(
-                model,
-                method,
-                calibration=text if method.needs_calibration else None,
-                embeddings="int8" if head else None,
+                model, method, calibration=text, embeddings="int8" if head else None
             )
             bits = report.bits_per_weight
         place = folder / f"model-{len(saved)}"
@@ -87,33 +84,17 @@ def bench_generate(
     set_context(profile="bench", device="cpu")
     protocol = {"tokens": tokens, "rounds": rounds, "threads": threads, "int8_head": head}
     for one in saved:
-        label = "-".join("".join(c if c.isalnum() else " " for c in one.spec).split())
         for name, value, unit in _measured(one, saved[0]):
-            key = f"bench.generate.{model_name}.{label}.{name}"
+            key = f"bench.generate.{model_name}.{key_part(one.spec)}.{name}"
             record(key, value, unit, model=model_name, runs=runs, **protocol)
     yield _table(saved, model_name, threads, head)
 
 
 def _run(one: Saved, tokens: int, threads: int) -> None:
     out, log = one.folder / "measured.json", one.folder.with_suffix(".log")
-    command = [
-        sys.executable,
-        "-m",
-        "course_utils.tools.bench.generate_once",
-        one.folder,
-        str(tokens),
-        out,
-    ]
-    variables = {
-        "PYTHONPATH": str(PACKAGE.parent),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(threads),
-    }
-    with log.open("w", encoding="utf-8") as file:
-        done = subprocess.run(command, env=os.environ | variables, stdout=file, stderr=file)
-    if done.returncode:
-        cause = cause_of_failure(log.read_text("utf-8", "replace"))
-        raise CourseError(f"{one.spec}: the run failed: {cause} All of it is in {log}.")
+    command = [sys.executable, "-m", ONCE, one.folder, str(tokens), out]
+    if reason := run_logged(command, log, PACKAGE.parent, threads):
+        raise CourseError(f"{one.spec}: {reason}")
     measured = json.loads(out.read_text("utf-8"))
     one.milliseconds += measured["milliseconds"]
     one.resident_bytes.append(measured["resident_bytes"])

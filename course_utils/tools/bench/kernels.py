@@ -27,6 +27,7 @@ from course_utils.kernels import GroupedCodes, backend, grouped_linear, pack
 from course_utils.plotting import new_figure
 from course_utils.results import record, set_context
 from course_utils.tools import CourseError
+from course_utils.tools.bench.quantize import key_part
 
 GROUP = 64
 CACHE = 2**28  # bytes that a contender's copies take at least, to be out of any cache
@@ -45,6 +46,10 @@ class Contender:
     stands_for: Tensor
     error: float
     milliseconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.milliseconds)
 
 
 def bench_kernels(
@@ -70,10 +75,8 @@ def bench_kernels(
             for m in tokens:
                 _run(contenders, size, m, rounds)
                 yield _table(root, contenders, size, m, bandwidth, rounds, threads)
-                of_float = statistics.median(contenders[0].milliseconds)
-                ratios[f"{size}, {m}"] = {
-                    c.name: of_float / statistics.median(c.milliseconds) for c in contenders
-                }
+                of_float = contenders[0].median
+                ratios[f"{size}, {m}"] = {c.name: of_float / c.median for c in contenders}
     yield f"Picture: {_picture(root / 'runs' / 'bench' / 'kernels.png', ratios)}"
 
 
@@ -211,9 +214,9 @@ def _table(
         "rounds": rounds,
         "threads": threads,
     }
-    of_float = statistics.median(contenders[0].milliseconds)
+    of_float = contenders[0].median
     for contender in contenders:
-        median = statistics.median(contender.milliseconds)
+        median = contender.median
         low, _, high = statistics.quantiles(contender.milliseconds, n=4)
         share = contender.nbytes / bandwidth / (median / 1e3)
         table.add_row(
@@ -224,7 +227,7 @@ def _table(
             f"{of_float / median:.2f}",
             f"{share:.0%}",
         )
-        label = "-".join("".join(c if c.isalnum() else " " for c in contender.name).split())
+        label = key_part(contender.name)
         for what, value, unit in (
             ("milliseconds", median, "ms"),
             ("ratio", of_float / median, ""),

@@ -140,7 +140,7 @@ def bench(
     for library, remedy in absent.items():
         yield f"{library} is not installed: {remedy} does it."
     runs = root / "runs" / "bench"
-    folder = runs / _label(model_name)
+    folder = runs / key_part(model_name)
     calibrations, evaluation = _prepare(folder / "float", model_name, protocol)
     yield machine(protocol)
     torch.set_num_threads(protocol.threads)
@@ -152,7 +152,7 @@ def bench(
     for repeat, calibration in enumerate(calibrations):
         save_file({"tokens": calibration}, folder / "float" / "calibration.safetensors")
         for one in contenders[:: -1 if repeat % 2 else 1]:  # a copy, which allows to remove
-            out = folder / f"{_label(one.spec)}_{one.who}"
+            out = folder / f"{key_part(one.spec)}_{one.who}"
             measured = run_once(one, folder / "float", out, protocol.threads)
             if "refused" in measured:
                 yield f"{one.spec}, {one.who}: {measured['refused']}"
@@ -173,7 +173,9 @@ def bench(
     summaries = [(one, one.summary(course[one.spec])) for one in contenders]
     for one, summary in summaries:
         for name, value in summary.items():
-            _record(runs, f"{_label(one.spec)}.{one.who}.{name}", value, model_name, protocol, one)
+            _record(
+                runs, f"{key_part(one.spec)}.{one.who}.{name}", value, model_name, protocol, one
+            )
     yield table(summaries, reference, model_name, protocol)
 
 
@@ -185,23 +187,8 @@ def run_once(one: Contender, model: Path, out: Path, threads: int) -> dict:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     settings = json.dumps({"name": one.method.name, **asdict(one.method)})
-    variables = {
-        "PYTHONPATH": str(one.path),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(threads),
-    }
-    log = out.with_suffix(".log")
-    with log.open("w", encoding="utf-8") as file:
-        done = subprocess.run(
-            [*one.command, model, settings, out],
-            env=os.environ | variables,
-            cwd=out.parent,  # where libraries may leave their logs
-            stdout=file,
-            stderr=file,
-        )
-    if done.returncode:
-        cause = cause_of_failure(log.read_text("utf-8", "replace"))
-        reason = f"the run failed: {cause} All of it is in {log}."
+    command = [*one.command, model, settings, out]
+    if reason := run_logged(command, out.with_suffix(".log"), one.path, threads):
         if one.who == "course":
             raise CourseError(f"{one.spec}, course: {reason}")
         return {"refused": reason}  # of the others' runs there is still a table
@@ -209,6 +196,27 @@ def run_once(one: Contender, model: Path, out: Path, threads: int) -> dict:
     if "refused" not in measured:
         measured["added_bytes"] = measured["peak_bytes"] - measured["loaded_bytes"]
     return measured
+
+
+def run_logged(command: list, log: Path, modules: Path, threads: int) -> str | None:
+    """Run a program that finds `modules`, and `log` what it says; why it failed, or None."""
+    variables = {
+        "PYTHONPATH": str(modules),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(threads),
+    }
+    with log.open("w", encoding="utf-8") as file:
+        done = subprocess.run(
+            command,
+            env=os.environ | variables,
+            cwd=log.parent,  # where libraries may leave their logs
+            stdout=file,
+            stderr=file,
+        )
+    if not done.returncode:
+        return None
+    cause = cause_of_failure(log.read_text("utf-8", "replace"))
+    return f"the run failed: {cause} All of it is in {log}."
 
 
 def cause_of_failure(log: str) -> str:
@@ -359,12 +367,12 @@ def _record(
     settings = {"settings": repr(one.method)} if one else {}
     set_context(profile="bench", device="cpu")
     record(
-        f"bench.{_label(model_name)}.{key}", value, unit, None,
+        f"bench.{key_part(model_name)}.{key}", value, unit, None,
         model=model_name, versions=one.runs[0]["versions"] if one else None, runs=runs,
         corpus="factbook", **asdict(protocol), **settings,
     )  # fmt: skip
 
 
-def _label(text: str) -> str:
+def key_part(text: str) -> str:
     """As a folder and a part of a key may be called."""
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
