@@ -127,9 +127,9 @@ SEED = 0
 
 # %%
 profile = resolve(PROFILE, MODEL, SEED)
+print(f"{profile}; this notebook takes its models on the CPU in float32")
 profile = replace(profile, device=torch.device("cpu"), dtype=torch.float32)
 generator = torch.Generator().manual_seed(profile.seed)
-print(profile)
 print(f"torch {torch.__version__}, transformers {transformers.__version__}")
 
 # %% [markdown]
