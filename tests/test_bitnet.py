@@ -28,7 +28,13 @@ from course_utils.formats.ternary import (
     to_tq2_0,
     to_transformers,
 )
-from course_utils.kernels import add_subtract, int8_matmul, pack_trits, unpack_trits
+from course_utils.kernels import (
+    add_subtract,
+    base3_product,
+    int8_matmul,
+    pack_trits,
+    unpack_trits,
+)
 from course_utils.models import linear_layers
 from course_utils.quantizers.bitnet import EPSILON, ROUNDINGS, BitNet, quantize_tokens
 from course_utils.training.loop import TrainConfig, next_token_loss, train
@@ -614,3 +620,36 @@ def test_heads_and_embeddings_stay_float():
     head = found.get_output_embeddings()
     assert isinstance(head, nn.Linear) and head.weight is found.get_input_embeddings().weight
     assert not linear_layers(found)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 700), st.integers(0, 99))
+def test_sums_by_table_look_up_are_exact(m, n, k, seed):
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randint(-128, 128, (m, k), generator=draw).char()
+    trits = torch.randint(-1, 2, (n, k), generator=draw).char()
+    packed = pack_trits(trits, "base3")
+    assert torch.equal(base3_product(x, packed), int8_matmul(x, trits))
+
+
+def test_look_up_is_the_same_with_all_numbers_of_threads_and_without_compiled_code(monkeypatch):
+    x, packed = random_trits(0, 3, 640) * 100, pack_trits(random_trits(1, 700, 640), "base3")
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found += [base3_product(x, packed)]
+    torch.set_num_threads(before)
+    monkeypatch.setenv("COURSE_KERNELS", "torch")
+    expected = base3_product(x, packed)
+    assert all(torch.equal(sums, expected) for sums in found)
+
+
+def test_look_up_refuses_what_does_not_agree():
+    x, packed = random_trits(0, 3, 64), pack_trits(random_trits(1, 5, 64), "base3")
+    with pytest.raises(ValueError, match=r"takes int8 and uint8 on one device, got torch.int32"):
+        base3_product(x.int(), packed)
+    with pytest.raises(
+        ValueError, match=r"\[m, k\] and \[n, ceil\(k / 5\)\], got \(3, 60\), \(5, 13\)"
+    ):
+        base3_product(x[:, :60], packed)
+    assert base3_product(x[:0], packed).shape == (0, 5)

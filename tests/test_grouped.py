@@ -179,7 +179,8 @@ def test_the_backend_is_chosen_by_the_environment(monkeypatch):
     assert backend(weight) == "torch"
     torch.testing.assert_close(grouped_linear(x, weight), compiled)
     monkeypatch.setenv("COURSE_KERNELS", "fast")
-    with pytest.raises(ValueError, match="COURSE_KERNELS='fast': choose one of auto, torch"):
+    message = "COURSE_KERNELS='fast': choose one of auto, torch, compiled, triton"
+    with pytest.raises(ValueError, match=message):
         backend(weight)
 
 
@@ -242,7 +243,7 @@ def test_no_kernel_reads_or_writes_past_its_buffers(n_bits):
     """Every buffer ends where a protected page begins: one byte too far ends the process."""
     done = run(f"""
         import ctypes, mmap
-        from course_utils.kernels import int8_matmul
+        from course_utils.kernels import base3_product, hadamard, int8_matmul
         n_bits, kept, PAGE = {n_bits}, [], mmap.PAGESIZE
         libc = ctypes.CDLL(None, use_errno=True)
 
@@ -268,6 +269,8 @@ def test_no_kernel_reads_or_writes_past_its_buffers(n_bits):
                 x = guarded(torch.randn(tokens, 2 * width))
                 for inputs in ("float", "int8"):
                     grouped_linear(x, weight, inputs=inputs)
+        hadamard(guarded(torch.randn(3, 64)))
+        base3_product(guarded(torch.ones(3, 75).char()), guarded(torch.ones(2, 15).byte() * 255))
         a = guarded(torch.ones(3, 77).char())
         int8_matmul(a, a)
         print("whole")

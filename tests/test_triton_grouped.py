@@ -9,8 +9,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
 from course_utils.grids.codebook import NF4
-from course_utils.kernels import GroupedCodes, pack
+from course_utils.kernels import GroupedCodes, backend, grouped_linear, pack
 from course_utils.kernels import triton_grouped as module
+from course_utils.kernels.grouped import PREFILL
 from course_utils.kernels.triton_grouped import triton_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,6 +70,26 @@ def test_what_it_has_no_code_for_is_refused(weight, x, message):
 def test_integers_are_refused():
     with pytest.raises(ValueError, match=r"inputs are float .* got torch.int64"):
         triton_linear(torch.ones(1, 64, dtype=torch.int64, device=DEVICE), a_weight(2, 1, 64, 4))
+
+
+@needs_triton
+@pytest.mark.parametrize("inputs", ["float", "int8"])
+def test_the_dispatch_takes_triton_on_request_for_few_inputs(monkeypatch, inputs):
+    weight, x = a_weight(5, 2, 64, 4), torch.randn(3, 128, device=DEVICE)
+    monkeypatch.setenv("COURSE_KERNELS", "torch")
+    expected = grouped_linear(x, weight, inputs=inputs)
+    monkeypatch.setenv("COURSE_KERNELS", "triton")
+    assert backend(weight) == "triton"
+    assert (grouped_linear(x, weight, inputs=inputs) - expected).norm() / expected.norm() < 1e-5
+    many = torch.randn(PREFILL + 1, 128, device=DEVICE)  # decoded, and multiplied by torch
+    torch.testing.assert_close(grouped_linear(many, weight), many @ weight.dequantize().T)
+    assert backend(a_weight(2, 1, 64, 3)) == "torch"
+
+
+def test_without_triton_the_dispatch_takes_torch(monkeypatch):
+    monkeypatch.setenv("COURSE_KERNELS", "triton")
+    monkeypatch.setattr(module, "triton", None)
+    assert backend(a_weight(2, 1, 64, 4)) == "torch"
 
 
 def test_without_triton_it_says_so(monkeypatch):

@@ -4,7 +4,7 @@ Nothing is compiled at import. The library is kept in the course's cache under a
 source, the flags, and all that the compiler says of itself and of the processor, so that another compiler
 or machine gets its own. Where the cache cannot be written it is built for this process alone. Without a
 compiler torch computes the same, more slowly; one warning says so. `COURSE_KERNELS` chooses: "auto"
-(default), "torch", or "compiled", which raises `NoCompiler` where there is none.
+(default), "torch", "compiled", which raises `NoCompiler` where there is none, or "triton" (`grouped.py`).
 """
 
 import ctypes
@@ -23,7 +23,7 @@ import torch
 from course_utils.cache import DownloadError, cached
 
 CHOOSE = "COURSE_KERNELS"
-BACKENDS = ("auto", "torch", "compiled")
+BACKENDS = ("auto", "torch", "compiled", "triton")
 SOURCE = Path(__file__).with_name("cpu.cpp")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
@@ -41,21 +41,29 @@ SIGNATURES = {
     "int8_product": (*WEIGHT, P, I, P, L, I),
     "decode": (*WEIGHT, P, L, L, I),
     "int8_matmul": (P, P, P, L, L, L, I),
+    "base3_product": (P, P, P, L, L, L, I),
+    "hadamard": (P, L, L, I),
 }
+RETURN_NOTHING = ("int8_matmul", "base3_product", "hadamard")
 
 
 class NoCompiler(RuntimeError):
     """There is no C++ compiler that builds `cpu.cpp`; says what was tried."""
 
 
+def asked() -> str:
+    """The value of `COURSE_KERNELS`. Raises `ValueError` for one that is none of `BACKENDS`."""
+    name = os.environ.get(CHOOSE, "auto")
+    if name not in BACKENDS:
+        raise ValueError(f"{CHOOSE}={name!r}: choose one of {', '.join(BACKENDS)}")
+    return name
+
+
 def is_compiled(device: torch.device) -> bool:
-    """Whether `library()` computes on `device`; raises `ValueError` for another value of `COURSE_KERNELS`."""
-    asked = os.environ.get(CHOOSE, "auto")
-    if asked not in BACKENDS:
-        raise ValueError(f"{CHOOSE}={asked!r}: choose one of {', '.join(BACKENDS)}")
-    if device.type != "cpu" or asked == "torch":
+    """Whether `library()` computes on `device`, as `COURSE_KERNELS` asks."""
+    if device.type != "cpu" or asked() not in ("auto", "compiled"):
         return False
-    if asked == "compiled":
+    if asked() == "compiled":
         library()
     return _is_there()
 
@@ -102,7 +110,7 @@ def _loaded(folder: Path) -> ctypes.CDLL:
     for name, arguments in SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes = arguments
-        function.restype = None if name == "int8_matmul" else c_int
+        function.restype = None if name in RETURN_NOTHING else c_int
     return loaded
 
 

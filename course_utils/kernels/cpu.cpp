@@ -14,10 +14,14 @@
 // Left out for readability: intrinsics (GCC's vector types, which Clang has too, become AVX2, AVX-512 or NEON),
 // prefetching, and blocking over rows.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -58,10 +62,16 @@ inline void for_tiles(const Weight& W, int64_t row, F f) {
       f(tile, bytes, group);
 }
 
-// The words of a tile for float inputs: of 32 bits, or of the 24 that eight codes of 3 bits take.
+// The words of a tile for float inputs: of 32 bits, or of the 24 that eight codes of 3 bits take, or of fewer
+// where a tile would make less than eight.
+constexpr int codes_of_word(int bits, int tile) {
+  if (bits == 3) return 8;
+  return 32 / bits < tile / 8 ? 32 / bits : tile / 8;
+}
+
 template <int BITS, int TILE>
 struct Words {
-  static constexpr int CODES = BITS == 3 ? 8 : 32 / BITS;  // of a word
+  static constexpr int CODES = codes_of_word(BITS, TILE);
   static constexpr int COUNT = TILE / CODES;
   typedef typename Vector<uint32_t, COUNT>::type Bits;
   typedef typename Vector<int32_t, COUNT>::type Codes;
@@ -69,12 +79,16 @@ struct Words {
   Bits words;
 
   explicit Words(const uint8_t* bytes) {
-    if constexpr (BITS == 3) {
+    constexpr int WIDTH = CODES * BITS;  // bits of a word
+    if constexpr (WIDTH == 32)
+      std::memcpy(&words, bytes, sizeof words);
+    else if constexpr (WIDTH == 16)
+      words = __builtin_convertvector(load(typename Vector<uint16_t, COUNT>::type(), bytes), Bits);
+    else if constexpr (WIDTH == 8)
+      words = __builtin_convertvector(load(typename Vector<uint8_t, COUNT>::type(), bytes), Bits);
+    else
       for (int w = 0; w < COUNT; w++, bytes += 3)
         words[w] = bytes[0] | bytes[1] << 8 | bytes[2] << 16;
-    } else {
-      std::memcpy(&words, bytes, sizeof words);
-    }
   }
 
   // The codes at place c of all words.
@@ -137,15 +151,15 @@ inline void order(const float* x, float* ordered, int tile, int codes_of_word, b
 }
 
 // Inputs in int8: each tile has a scale, its largest magnitude / 127, or 1 where the inputs are codes already.
-// Codes are rounded to even at ties, and held as int16, which the products want.
+// Codes are rounded to even at ties.
 struct Inputs {
-  const int16_t* codes;  // [m, columns], -127 to 127
-  const float* scale;    // [m, tiles]
-  const float* sum;      // [m, tiles]: of the codes
+  const int8_t* codes;  // [m, columns], -127 to 127
+  const float* scale;   // [m, tiles]
+  const float* sum;     // [m, tiles]: of the codes
 };
 
 // Whether it could: false for NaN and infinity, which have no code, and for codes beyond 127.
-inline bool to_int8(const float* x, bool are_codes, int16_t* codes, float* scale, float* sum, int tile) {
+inline bool to_int8(const float* x, bool are_codes, int8_t* codes, float* scale, float* sum, int tile) {
   float largest = 0, total = 0;
   for (int j = 0; j < tile; j++) {
     if (!std::isfinite(x[j])) return false;
@@ -155,7 +169,7 @@ inline bool to_int8(const float* x, bool are_codes, int16_t* codes, float* scale
   const float inverse = are_codes ? 1 : largest > 0 ? 127 / largest : 0;
   for (int j = 0; j < tile; j++) {
     const float code = std::nearbyint(x[j] * inverse);
-    codes[j] = int16_t(code);
+    codes[j] = int8_t(code);
     total += code;
   }
   *scale = are_codes ? 1 : largest / 127;
@@ -163,39 +177,96 @@ inline bool to_int8(const float* x, bool are_codes, int16_t* codes, float* scale
   return true;
 }
 
-// The same with integer inputs, in words of 16 bits. No sum of a tile's products at one place of the words
-// leaves 16 bits: at 4 bits it is 4 * 15 * 127 at most; 8-bit codes are taken less 128, which makes
-// 2 * 128 * 127.
+// COUNT bytes of codes, and of inputs. A product adds neighbours, and so its sums are twice as wide.
+template <int COUNT>
+struct Bytes {
+  typedef typename Vector<uint8_t, COUNT>::type Codes;
+  typedef typename Vector<uint16_t, COUNT / 2>::type Words;  // two codes each
+  typedef typename Vector<int16_t, COUNT / 2>::type Shorts;
+  typedef typename Vector<int32_t, COUNT / 4>::type Ints;
+
+  // Codes from 0 to 127 times inputs.
+  static Shorts products(const Words& q, const Shorts& x) {
+#ifdef __AVX2__  // one instruction
+    if constexpr (COUNT == 32) return Shorts(_mm256_maddubs_epi16(__m256i(q), __m256i(x)));
+    if constexpr (COUNT == 16) return Shorts(_mm_maddubs_epi16(__m128i(q), __m128i(x)));
+#endif
+    return Shorts(q & 255) * ((x << 8) >> 8) + Shorts(q >> 8) * (x >> 8);
+  }
+
+  static Ints products(const Shorts& a, const Shorts& b) {
+#ifdef __AVX2__
+    if constexpr (COUNT == 32) return Ints(_mm256_madd_epi16(__m256i(a), __m256i(b)));
+    if constexpr (COUNT == 16) return Ints(_mm_madd_epi16(__m128i(a), __m128i(b)));
+#endif
+    const Ints c = Ints(a), d = Ints(b);
+    return ((c << 16) >> 16) * ((d << 16) >> 16) + (c >> 16) * (d >> 16);
+  }
+};
+
+// A tile of codes of 2 or 4 bits times M inputs. Codes are cut out of all bytes at once. A sum of 16 bits
+// holds 4 * 2 * 15 * 127 at most.
 template <int BITS, int TILE, int M>
-inline void int8_row(const Weight& W, int64_t row, const Inputs& x, float* y) {
-  constexpr int CODES = 16 / BITS, COUNT = TILE / CODES, MIDDLE = BITS == 8 ? 128 : 0;
-  typedef typename Vector<uint16_t, COUNT>::type Bits;
-  typedef typename Vector<int16_t, COUNT>::type Shorts;
-  typedef typename Vector<float, COUNT / 2>::type Floats;
+struct IntegerTile {
+  static constexpr int BYTES = TILE * BITS / 8, COUNT = BYTES < 32 ? BYTES : 32;
+  typedef Bytes<COUNT> B;
+  typedef typename B::Ints Ints;
+
+  static void products(const uint8_t* bytes, const int8_t* x, int64_t columns, Ints (&sums)[M]) {
+    typename B::Shorts pairs[M] = {};
+    for (int at = 0; at < BYTES; at += COUNT) {
+      const auto words = load(typename B::Words(), bytes + at);
+      for (int c = 0; c < 8 / BITS; c++) {
+        const typename B::Words q = words >> (BITS * c) & (0x101 * ((1 << BITS) - 1));
+        for (int i = 0; i < M; i++)
+          pairs[i] += B::products(q, load(typename B::Shorts(), x + i * columns + c * BYTES + at));
+      }
+    }
+    for (int i = 0; i < M; i++) sums[i] = B::products(pairs[i], typename B::Shorts() + 1);
+  }
+};
+
+// Of 8 bits, which 16 bits do not hold the products of: both are widened first.
+template <int TILE, int M>
+struct IntegerTile<8, TILE, M> {
+  typedef Bytes<32> B;
+  typedef B::Ints Ints;
+  typedef Vector<uint8_t, 16>::type Codes;
+  typedef Vector<int8_t, 16>::type Inputs;
+
+  static void products(const uint8_t* bytes, const int8_t* x, int64_t columns, Ints (&sums)[M]) {
+    for (int i = 0; i < M; i++) sums[i] = Ints();
+    for (int at = 0; at < TILE; at += 16) {
+      const B::Shorts q = __builtin_convertvector(load(Codes(), bytes + at), B::Shorts);
+      for (int i = 0; i < M; i++)
+        sums[i] += B::products(
+            q, __builtin_convertvector(load(Inputs(), x + i * columns + at), B::Shorts));
+    }
+  }
+};
+
+// y[i, row] for M inputs in int8. What the zero points take off: `offset` [M, groups], the sums of inputs.
+template <int BITS, int TILE, int M>
+inline void int8_row(const Weight& W, int64_t row, const Inputs& x, const float* offset, float* y) {
+  typedef IntegerTile<BITS, TILE, M> Tile;
+  constexpr int LANES = sizeof(typename Tile::Ints) / 4;
+  typedef typename Vector<float, LANES>::type Floats;
   Floats sums[M] = {};
-  float less[M] = {};
   const int64_t tiles = W.columns / TILE;
   for_tiles<BITS, TILE>(W, row, [&](int64_t tile, const uint8_t* bytes, int64_t group) {
-    const Bits words = load(Bits(), bytes);
-    Shorts products[M] = {};
-    for (int c = 0; c < CODES; c++) {
-      const Shorts q = Shorts(words >> (BITS * c) & ((1 << BITS) - 1)) - MIDDLE;
-      for (int i = 0; i < M; i++)
-        products[i] += q * load(Shorts(), x.codes + i * W.columns + tile * TILE + c * COUNT);
-    }
-    for (int i = 0; i < M; i++) {
-      Floats both;
-      for (int l = 0; l < COUNT / 2; l++)
-        both[l] = float(int32_t(products[i][l]) + int32_t(products[i][l + COUNT / 2]));
-      const float scale = W.scale[group] * x.scale[i * tiles + tile];
-      sums[i] += scale * both;
-      less[i] += scale * (W.zero[group] - MIDDLE) * x.sum[i * tiles + tile];
-    }
+    typename Tile::Ints products[M];
+    Tile::products(bytes, x.codes + tile * TILE, W.columns, products);
+    for (int i = 0; i < M; i++)
+      sums[i] += W.scale[group] * x.scale[i * tiles + tile] * __builtin_convertvector(products[i], Floats);
   });
   for (int i = 0; i < M; i++) {
     float sum = 0;
-    for (int l = 0; l < COUNT / 2; l++) sum += sums[i][l];
-    y[i * W.rows + row] = sum - less[i];
+    for (int l = 0; l < LANES; l++) sum += sums[i][l];
+    for (int64_t g = 0; g < W.groups; g++) {
+      const int64_t group = row * W.groups + g;
+      sum -= W.scale[group] * W.zero[group] * offset[i * W.groups + g];
+    }
+    y[i * W.rows + row] = sum;
   }
 }
 
@@ -221,12 +292,14 @@ void float_rows(const Weight& W, const float* x, const float* x_sum, float* y, i
 
 template <int BITS, int TILE>
 void int8_rows(const Weight& W, const Inputs& x, float* y, int64_t m, int threads) {
-  const int64_t tiles = W.columns / TILE;
+  const int64_t tiles = W.columns / TILE, of_group = tiles / W.groups;
+  std::vector<float> offset(m * W.groups);  // what one step of the zero point takes from an output
+  for (int64_t t = 0; t < m * tiles; t++) offset[t / of_group] += x.scale[t] * x.sum[t];
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < W.rows; row++)
     in_parts(m, [&](auto some, int64_t i) {
       const Inputs part = {x.codes + i * W.columns, x.scale + i * tiles, x.sum + i * tiles};
-      int8_row<BITS, TILE, some.value>(W, row, part, y + i * W.rows);
+      int8_row<BITS, TILE, some.value>(W, row, part, offset.data() + i * W.groups, y + i * W.rows);
     });
 }
 
@@ -244,6 +317,20 @@ void decode_rows(const Weight& W, float* out, int64_t first, int64_t count, int 
         std::memcpy(out + row * W.columns + tile * TILE + c * Tile::COUNT, &w, sizeof w);
       }
     });
+}
+
+// Five trits in a byte of "base3" (ternary.py) times five inputs: one sum for each of the 243 that a byte can
+// stand for, made by additions, from the last trit to the first; then one for each byte.
+void sums_of_bytes(const int8_t* x, int16_t* of_byte) {
+  int16_t sums[243] = {0};
+  for (int trit = 4, known = 1; trit >= 0; trit--, known *= 3)
+    for (int j = 0; j < known; j++) {
+      const int16_t sum = sums[j];
+      sums[j] = sum - x[trit];
+      sums[known + j] = sum;
+      sums[2 * known + j] = sum + x[trit];
+    }
+  for (int byte = 0; byte < 256; byte++) of_byte[byte] = sums[byte * 243 >> 8];
 }
 
 // f(Number<TILE>), and 0; 1 for a tile that there is no code for.
@@ -279,15 +366,14 @@ int float_product(const uint8_t* codes, const float* scale, const float* zero, c
   std::vector<float> ordered(m * columns), sums(tiles);
   for (int64_t t = 0; t < tiles; t++) {
     float* own = ordered.data() + t * tile;
-    order(x + t * tile, own, tile, bits == 3 ? 8 : 32 / bits, high_first);
+    order(x + t * tile, own, tile, codes_of_word(bits, tile), high_first);
     for (int j = 0; j < tile; j++) sums[t] += own[j];
   }
   return with_bits(bits, [&](auto b) {
     return with_tile(tile, [&](auto t) {
-      if (codebook)
-        float_rows<b.value, t.value, true>(W, ordered.data(), sums.data(), y, m, threads);
-      else
-        float_rows<b.value, t.value, false>(W, ordered.data(), sums.data(), y, m, threads);
+      if constexpr (b.value == 4)
+        if (codebook) return float_rows<4, t.value, true>(W, ordered.data(), sums.data(), y, m, threads);
+      float_rows<b.value, t.value, false>(W, ordered.data(), sums.data(), y, m, threads);
     });
   });
 }
@@ -299,10 +385,10 @@ int int8_product(const uint8_t* codes, const float* scale, const float* zero, co
   const Weight W = {codes, scale, zero, codebook, rows, columns, groups};
   const int64_t tiles = m * columns / tile;
   std::vector<float> ordered(tile), x_scale(tiles), x_sum(tiles);
-  std::vector<int16_t> x_codes(m * columns);
+  std::vector<int8_t> x_codes(m * columns);
   for (int64_t t = 0; t < tiles; t++) {
-    order(x + t * tile, ordered.data(), tile, 16 / bits, high_first);
-    int16_t* own = x_codes.data() + t * tile;
+    order(x + t * tile, ordered.data(), tile, 8 / bits, high_first);
+    int8_t* own = x_codes.data() + t * tile;
     if (!to_int8(ordered.data(), are_codes, own, &x_scale[t], &x_sum[t], tile)) return 2;
   }
   const Inputs inputs = {x_codes.data(), x_scale.data(), x_sum.data()};
@@ -321,12 +407,49 @@ int decode(const uint8_t* codes, const float* scale, const float* zero, const fl
   const Weight W = {codes, scale, zero, codebook, rows, columns, groups};
   return with_bits(bits, [&](auto b) {
     return with_tile(tile, [&](auto t) {
-      if (codebook)
-        decode_rows<b.value, t.value, true>(W, out, first, count, threads);
-      else
-        decode_rows<b.value, t.value, false>(W, out, first, count, threads);
+      if constexpr (b.value == 4)
+        if (codebook) return decode_rows<4, t.value, true>(W, out, first, count, threads);
+      decode_rows<b.value, t.value, false>(W, out, first, count, threads);
     });
   });
+}
+
+// y [m, rows] = x [m, 5 * bytes] times trits [rows, 5 * bytes] transposed, by table look-up: nothing is
+// multiplied. The tables of SOME bytes (16 KB) stay in the first cache while all rows look up in them.
+void base3_product(const uint8_t* trits, const int8_t* x, int32_t* y, int64_t m, int64_t rows, int64_t bytes,
+                   int threads) {
+  constexpr int64_t SOME = 32, ROWS = 256;
+  std::vector<int16_t> tables(bytes * 256);
+  for (int64_t i = 0; i < m; i++) {
+    int32_t* sums = y + i * rows;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+      for (int64_t b = 0; b < bytes; b++) sums_of_bytes(x + (i * bytes + b) * 5, &tables[b * 256]);
+#pragma omp for schedule(static)
+      for (int64_t first = 0; first < rows; first += ROWS)
+        for (int64_t b = 0; b < bytes; b += SOME)
+          for (int64_t row = first; row < std::min(first + ROWS, rows); row++) {
+            int32_t sum = b ? sums[row] : 0;
+            for (int64_t k = b; k < std::min(b + SOME, bytes); k++)
+              sum += tables[k * 256 + trits[row * bytes + k]];
+            sums[row] = sum;
+          }
+    }
+  }
+}
+
+// Each row of x [rows, n], n a power of 2, becomes its sums and differences (hadamard.py), in place.
+void hadamard(float* x, int64_t rows, int64_t n, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t half = 1; half < n; half *= 2)
+      for (float* pair = x + row * n; pair < x + (row + 1) * n; pair += 2 * half)
+        for (int64_t j = 0; j < half; j++) {
+          const float a = pair[j], b = pair[half + j];
+          pair[j] = a + b;
+          pair[half + j] = a - b;
+        }
 }
 
 // c [m, n] = a [m, k] times b [n, k] transposed, in int32.

@@ -1,7 +1,7 @@
 """Products with packed codes whose values are given group by group: uniform grids, and codebooks of 16.
 
-The torch code is the reference; on a CPU with a C++ compiler `cpu.cpp` computes the same, without ever
-holding the float weight (`compiled.py` says how to choose).
+The torch code is the reference. On a CPU with a C++ compiler `cpu.cpp` computes the same without ever
+holding the float weight, and so does Triton for few inputs on a GPU (`compiled.py` says how to choose).
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from course_utils.kernels.compiled import is_compiled, library
+from course_utils.kernels.compiled import asked, is_compiled, library
 from course_utils.kernels.packing import unpack
 
 TILES = (128, 64, 32)  # codes that `cpu.cpp` reads at a time
@@ -82,8 +82,14 @@ class GroupedCodes:
         return ((q - self.zero[..., None]) * scale).flatten(1)
 
 
-def backend(weight: GroupedCodes) -> Literal["torch", "compiled"]:
+def backend(weight: GroupedCodes) -> Literal["torch", "compiled", "triton"]:
     """What multiplies with `weight`: as `COURSE_KERNELS` says, its device, its shape and its strides."""
+    if asked() == "triton" or (asked() == "auto" and weight.codes.is_cuda):
+        from course_utils.kernels import (
+            triton_grouped,  # it imports Triton, which a CPU does without
+        )
+
+        return "triton" if triton_grouped.takes(weight) else "torch"
     has_code = weight.tile is not None and is_compiled(weight.codes.device)
     tensors = weight.codes, weight.scale, weight.zero, weight.codebook
     contiguous = all(tensor is None or tensor.is_contiguous() for tensor in tensors)
@@ -107,9 +113,14 @@ def grouped_linear(
         raise ValueError(f"inputs are on {x.device}, codes on {weight.codes.device}")
     if inputs not in INPUTS:
         raise ValueError(f"inputs {inputs!r}: choose one of {', '.join(INPUTS)}")
-    if backend(weight) == "torch" or x.dtype == torch.float64:  # compiled sums are of float32
+    chosen = backend(weight)
+    if chosen != "compiled" or x.dtype == torch.float64:  # compiled sums are of float32
         if inputs == "int8":
             x = rounded_inputs(x, _tile(weight))
+        if chosen == "triton" and len(x) <= PREFILL and x.dtype != torch.float64:
+            from course_utils.kernels.triton_grouped import triton_linear
+
+            return triton_linear(x, weight)
         return F.linear(x, weight.dequantize().to(x.dtype))
     values = x.detach().float().contiguous()
     y = values.new_empty(len(x), len(weight.codes))
@@ -141,7 +152,7 @@ def _tile(weight: GroupedCodes) -> int:
 
 def _ordered(x: Tensor, weight: GroupedCodes) -> Tensor:
     """`x` in the order in which `cpu.cpp` cuts codes out of a tile: by their place in the words."""
-    codes_of_word = 8 if weight.n_bits == 3 else 32 // weight.n_bits
+    codes_of_word = 8 if weight.n_bits == 3 else min(32 // weight.n_bits, weight.tile // 8)
     words = x.unflatten(1, (-1, weight.tile // codes_of_word, codes_of_word))
     if weight.high_first:
         words = words.unflatten(3, (-1, 2)).flip(4).flatten(3)

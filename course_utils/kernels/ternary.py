@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from course_utils.kernels.compiled import is_compiled, library
+from course_utils.kernels.int8 import int8_matmul
 from course_utils.kernels.packing import pack, unpack
 
 Packing = Literal["2bit", "base3"]
@@ -76,6 +78,36 @@ def add_subtract(x: Tensor, trits: Tensor) -> Tensor:
     x = x.int()
     sums = [x[:, row == 1].sum(1) - x[:, row == -1].sum(1) for row in trits]
     return torch.stack(sums, 1).int()
+
+
+def base3_product(x: Tensor, packed: Tensor) -> Tensor:
+    """`x @ trits.T` of int8 `x` `[m, k]` and "base3" `packed` trits `[n, ceil(k / 5)]`: int32 `[m, n]`.
+
+    By table look-up, as T-MAC (arXiv 2407.00088) computes: for five inputs the sums that a byte can stand for
+    are made once, by additions, and all rows look theirs up. Without compiled code the trits are unpacked.
+    The bytes are trusted: `unpack_trits` tells those that are no trits. Raises `ValueError` for shapes,
+    dtypes and devices that do not agree, and for sums that int32 might not hold.
+    """
+    n_bytes = -(-x.shape[-1] // 5)
+    if x.dtype != torch.int8 or packed.dtype != torch.uint8 or x.device != packed.device:
+        raise ValueError(
+            f"base3_product takes int8 and uint8 on one device, got {x.dtype} on {x.device} and "
+            f"{packed.dtype} on {packed.device}"
+        )
+    if x.ndim != 2 or packed.ndim != 2 or packed.shape[1] != n_bytes:
+        raise ValueError(
+            f"base3_product takes [m, k] and [n, ceil(k / 5)], got {tuple(x.shape)}, {tuple(packed.shape)}"
+        )
+    if x.shape[1] > (2**31 - 1) // 128:
+        raise ValueError(f"{x.shape[1]} columns could overflow an int32 sum: split the product")
+    if not (is_compiled(x.device) and x.numel() and packed.numel()):
+        return int8_matmul(x, unpack_trits(packed, "base3", x.shape[1]))
+    x = pad(x, (0, 5 * n_bytes - x.shape[1])).contiguous()
+    packed = packed.contiguous()
+    sums = torch.empty(len(x), len(packed), dtype=torch.int32)
+    pointers = packed.data_ptr(), x.data_ptr(), sums.data_ptr()
+    library().base3_product(*pointers, len(x), len(packed), n_bytes, torch.get_num_threads())
+    return sums
 
 
 def _powers(like: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ A program computes some rows for one token. It reads a tile's words for all its 
 and one mask cut a code out of each word, as on a CPU. The inputs are not put into that order beforehand: they
 are read at a step of `CODES`, out of the cache. Shown in `foundations/packed_kernels`.
 
-It is not part of the dispatch: `grouped_linear` computes with torch on a GPU. Without a GPU it runs under
+`grouped_linear` takes it on a GPU for a few tokens, where Triton supports the GPU. Without one it runs under
 Triton's interpreter, for `TRITON_INTERPRET=1` in the environment before Triton is first imported. Left out:
-codebooks, 3 bits, int8 inputs, several tokens a program, and tuning of `ROWS`.
+codebooks, 3 bits, integer products, several tokens a program, and tuning of `ROWS`.
 """
 
 import os
@@ -24,6 +24,7 @@ except ImportError:
 
 ROWS = 16  # of a program
 WIDTHS = (2, 4, 8)
+OLDEST = (8, 0)  # compute capability that Triton supports: a T4 has 7.5
 
 if triton is not None:
 
@@ -55,6 +56,29 @@ if triton is not None:
         tl.store(y + token * rows + row, sums, mask=there)
 
 
+def takes(weight: GroupedCodes) -> bool:
+    """Whether `triton_linear` has code for `weight`, and Triton runs where it lies."""
+    if triton is None or _no_code(weight) is not None:
+        return False
+    if weight.codes.is_cuda:
+        return torch.cuda.get_device_capability(weight.codes.device) >= OLDEST
+    return _interprets()
+
+
+def _interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _no_code(weight: GroupedCodes) -> str | None:
+    """What of `weight` the kernel has no code for, or None."""
+    if weight.high_first:
+        return "high_first"
+    if weight.n_bits in WIDTHS and weight.zero is not None and weight.tile is not None:
+        return None
+    kind = "a codebook" if weight.zero is None else f"{weight.n_bits} bits"
+    return f"{kind} in groups of {weight.columns // weight.scale.shape[1]}"
+
+
 def triton_linear(x: Tensor, weight: GroupedCodes) -> Tensor:
     """`x @ W.T` for float `x` `[tokens, columns]`, `[tokens, out]` in the dtype of `x`, by Triton.
 
@@ -64,7 +88,7 @@ def triton_linear(x: Tensor, weight: GroupedCodes) -> Tensor:
     """
     if triton is None:
         raise ImportError("Triton is not installed here: use grouped_linear, or install triton")
-    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if x.device.type == "cpu" and not _interprets():
         raise RuntimeError(
             "Triton needs a GPU: on a CPU set TRITON_INTERPRET=1 before it is imported"
         )
@@ -74,14 +98,8 @@ def triton_linear(x: Tensor, weight: GroupedCodes) -> Tensor:
         )
     if x.device != weight.codes.device:
         raise ValueError(f"inputs are on {x.device}, codes on {weight.codes.device}")
-    if weight.n_bits not in WIDTHS or weight.zero is None or weight.tile is None:
-        kind = "a codebook" if weight.zero is None else f"{weight.n_bits} bits"
-        raise ValueError(
-            f"no Triton code for {kind} in groups of {weight.columns // weight.scale.shape[1]}: "
-            "use grouped_linear"
-        )
-    if weight.high_first:
-        raise ValueError("no Triton code for high_first: use grouped_linear")
+    if missing := _no_code(weight):
+        raise ValueError(f"no Triton code for {missing}: use grouped_linear")
     (out, groups), tokens, tile = weight.scale.shape, len(x), weight.tile
     y = torch.empty(tokens, out, device=x.device)
     if not y.numel():

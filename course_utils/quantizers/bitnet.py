@@ -21,6 +21,7 @@ from course_utils.compression.base import (
 from course_utils.kernels import (
     GroupedCodes,
     backend,
+    base3_product,
     grouped_linear,
     int8_matmul,
     pack_trits,
@@ -104,7 +105,7 @@ class TernaryWeight(QuantizedWeight):
         return unpack_trits(self.packed, self.packing, self.columns)
 
     def grouped(self) -> GroupedCodes | None:
-        """The trits as 2-bit codes less 1; None for "base3", which no kernel reads."""
+        """The trits as 2-bit codes less 1; None for "base3", which has a product of its own."""
         if self.packing == "base3":
             return None
         scale, one = self.layout(_float_grid)
@@ -183,4 +184,8 @@ class BitNet(Method):
         # Sums of 2 * 127 are whole in float32 up to 2^24.
         if grouped is not None and backend(grouped) == "compiled" and weight.columns <= 2**16:
             return grouped_linear(codes, replace(grouped, scale=grouped.zero), inputs="codes")
-        return int8_matmul(codes.to(torch.int8), weight.trits())
+        codes = codes.to(torch.int8)
+        if weight.packing == "base3":
+            weight.layout(_float_grid)  # refuses bytes that are no trits
+            return base3_product(codes, weight.packed)
+        return int8_matmul(codes, weight.trits())
