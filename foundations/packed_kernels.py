@@ -101,10 +101,14 @@ from course_utils.evaluation import (
 )
 from course_utils.evaluation.turns import in_turns, times_as_fast
 from course_utils.kernels import (
+    GroupedCodes,
     backend,
+    base3_product,
     grouped,
     grouped_linear,
+    int8_matmul,
     pack,
+    pack_trits,
     triton_grouped,
     unpack,
 )
@@ -118,6 +122,7 @@ from course_utils.plotting.diagrams.words import codes_of_words
 from course_utils.plotting.rooflines import roofline
 from course_utils.profiles import resolve
 from course_utils.quantizers.affine import Affine
+from course_utils.quantizers.bitnet import quantize_tokens
 from course_utils.results import record
 
 # %% tags=["parameters"]
@@ -641,8 +646,8 @@ table([{"step": name, "of the roof": share} for name, share in shares.items()],
 # %% [markdown]
 # ## Beside libraries
 #
-# The package's kernel (`course_utils/kernels/cpu.cpp`) is these loops with templates: 2, 3, 4 and 8 bits, tiles of 32 to 128, codebooks, several tokens. We
-# set it beside torch's own 4-bit product and that of bitsandbytes [@bitsandbytes]. All are checked first, each against the weight that it holds. torch's takes bfloat16
+# The package's kernel (`course_utils/kernels/cpu.cpp`) is these loops with templates: 2, 3, 4 and 8 bits, tiles of 32 to 128, codebooks, several tokens. Inputs in
+# int8 stay bytes there: where the processor has an instruction that multiplies 32 bytes with 32 others and adds neighbours, it takes that. We set it beside torch's own 4-bit product and that of bitsandbytes [@bitsandbytes]. All are checked first, each against the weight that it holds. torch's takes bfloat16
 # inputs, and bitsandbytes' codes are NF4.
 
 # %% tags=["folded"]
@@ -708,8 +713,68 @@ table(rows, {"ms": ".2f", "x float32": ".2f"})
 # {{packed.library.package-int8-inputs.ratio:.1f}} times with int8 inputs. torch's int4 product came to {{packed.library.torch-int4.ratio:.1f}}, and bitsandbytes'
 # to {{packed.library.bitsandbytes-NF4.ratio:.2f}}. A library's ratio holds for this processor: some choose another path where there are wider vector units.
 
+# %% [markdown]
+# ## Nothing to multiply: look it up
+#
+# Where a weight is -1, 0 or 1 a product is a sum of inputs, some with the sign changed. Few different sums exist. Two inputs and two trits make nine:
+
+# %% tags=["nbval-check-output"]
+two = torch.tensor([3, -2])  # inputs in int8
+trits = torch.tensor([(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)])  # [9, 2]
+sums = (trits * two).sum(1)
+table([{"first trit": a, "second trit": b, "sum": s.item()}
+       for (a, b), s in zip(trits.tolist(), sums, strict=True)])  # fmt: skip
+
+# %% [markdown]
+# So make these sums once for each pair of inputs, and let every row of the matrix look its own up: that is T-MAC's idea [@wei2024tmac], and that of the kernels TL1 (two
+# trits) and TL2 (three) in bitnet.cpp [@wang2025bitnetcpp]. The package does it with five trits, which fill a byte: a table has 243 sums, made by additions, and one look-up
+# stands for five products. `bitnet_demo` shows how five trits fill a byte.
+
 # %%
-del floats, weights, ways, held, calls, packages  # hundreds of MB
+ternary = torch.randint(-1, 2, (size, size), generator=generator).char()
+five = pack_trits(ternary, "base3")  # [out, in / 5], 1.6 bits a weight
+codes, _ = quantize_tokens(x_many)  # whole numbers from -127 to 127
+exact_sums = int8_matmul(codes.char(), ternary)
+assert torch.equal(base3_product(codes.char(), five), exact_sums)
+
+# %% [markdown]
+# The sums are the same integers. And the time? The rival holds the same trits in 2 bits, and multiplies bytes.
+
+# %%
+ones = torch.ones(size, 1)
+four = GroupedCodes(pack_trits(ternary, "2bit"), ones, ones, None, 2, size)
+assert torch.equal(grouped_linear(codes, four, inputs="codes"), exact_sums.float())
+fives = [five.clone() for _ in weights]
+fours = [replace(four, codes=four.codes.clone()) for _ in weights]
+
+# %%
+calls = {
+    "float32 F.linear": ways["float32 F.linear"],
+    "1.6 bits, looked up": [partial(base3_product, codes.char(), t) for t in fives],
+    "2 bits, multiplied": [
+        partial(grouped_linear, codes, t, inputs="codes") for t in fours
+    ],
+}
+looked_up, rows = in_turns(calls, rounds=rounds, calls=3), []
+for name, of_way in looked_up.items():
+    ratio, low, high = times_as_fast(looked_up["float32 F.linear"], of_way)
+    rows.append({"product": name, "ms": statistics.median(of_way), "x float32": ratio})
+    rows[-1] |= {"quartiles": f"{low:.2f} to {high:.2f}"}
+table(rows, {"ms": ".2f", "x float32": ".2f"})
+
+# %% tags=["folded"]
+# Records both ratios.
+for key, row in zip(("look_up", "two_bits"), rows[1:], strict=True):
+    record(f"packed.ternary.{key}.ratio", row["x float32"], "", size=size, rounds=rounds,
+           threads=1)  # fmt: skip
+
+# %% [markdown]
+# In the recorded run looking up was {{packed.ternary.look_up.ratio:.1f}} times as fast as float32, and multiplying bytes
+# {{packed.ternary.two_bits.ratio:.1f}} times. A look-up fetches one number at a time, while a vector unit multiplies 32 bytes at once. T-MAC and
+# bitnet.cpp keep tables of 16 entries in registers, where one instruction looks up 16 or 32 at once.
+
+# %%
+del floats, weights, ways, held, calls, packages, fives, fours  # hundreds of MB
 torch.set_num_threads(given_threads)  # for the quality; back to one thread after it
 
 # %% [markdown]
@@ -1093,8 +1158,8 @@ else:
     print(f"off by {off:.1e}, relatively")
 
 # %% [markdown]
-# The tests of the course run this kernel over widths, shapes and numbers of tokens wherever Triton is installed. It is no part of the package's dispatch,
-# and no time of it is told here.
+# The tests of the course run this kernel over widths, shapes and numbers of tokens, under the interpreter. On a GPU that Triton supports `grouped_linear` takes it
+# for a few tokens. No time of it is told here.
 #
 # ## What you saw
 #
@@ -1104,6 +1169,8 @@ else:
 # - **Smaller is faster only with a kernel.** Decoded in torch, 4 bits ran at {{packed.step.decode.ratio:.2f}} times the speed of float. The
 #   naive loop came to {{packed.step.scalar.ratio:.2f}}, whole words to {{packed.step.words.ratio:.1f}}, int8 inputs to
 #   {{packed.step.int8.ratio:.1f}}, all on one thread. Every step gave the same product, to its tolerance, before it was timed.
+# - **Ternary weights need no multiplication.** Looked up, 1.6 bits a weight ran at {{packed.ternary.look_up.ratio:.1f}} times float32, and 2 bits with byte
+#   products at {{packed.ternary.two_bits.ratio:.1f}}.
 # - **Int8 inputs are cheap with a scale for each tile.** On SmolLM2 they added {{packed.smollm2-135m-q4_1.int8.tile.more:+.3f}} ±
 #   {{packed.smollm2-135m-q4_1.int8.tile.more_error:.3f}} nats; with a scale for each token {{packed.smollm2-135m-q4_1.int8.token.more:+.3f}} ±
 #   {{packed.smollm2-135m-q4_1.int8.token.more_error:.3f}}.
@@ -1114,7 +1181,7 @@ else:
 #
 # - All times are one machine's at one moment, and it did other things too. Ratios move with the processor: its vector width, its cache, its memory.
 # - The ladder's matrix is larger than any layer of our models. In a small model much of a token is not in its layers, and a kernel does not help there.
-# - The kernels have no prefetching, no blocking over rows, and no instruction that multiplies bytes directly. Faster ones exist.
+# - The kernels have no prefetching and no blocking over rows, and those of our ladder multiply 16 bits, not bytes. Faster ones exist.
 # - The head stays in float. With 4-bit layers it is the largest part of what a token reads.
 # - The cost of int8 inputs is measured on two small models, with round-to-nearest weights. SmolLM2 comes from a 4-bit file.
 #
@@ -1262,6 +1329,8 @@ assert torch.equal(found, torch.arange(96).view(3, 8, 4).mT.flatten())
 #   [@belkada2022gentle].
 # - P. Tillet, H. T. Kung, D. Cox, *Triton: An Intermediate Language and Compiler for Tiled Neural Network Computations*, MAPL 2019
 #   [@tillet2019triton].
+# - J. Wei and others, *T-MAC: CPU Renaissance via Table Lookup for Low-Bit LLM Deployment on Edge*, arXiv 2407.00088, 2024 [@wei2024tmac].
+# - J. Wang and others, *Bitnet.cpp: Efficient Edge Inference for Ternary LLMs*, arXiv 2502.11880, 2025 [@wang2025bitnetcpp].
 # - The library bitsandbytes [@bitsandbytes]; the models course-lm (trained by this project, see its model card) and SmolLM2 [@allal2025smollm2].
 #
 # ## Next

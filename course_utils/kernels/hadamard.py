@@ -1,7 +1,7 @@
 """The fast Walsh-Hadamard transform: a rotation of n numbers by n log n additions.
 
-A Hadamard matrix H holds only 1 and -1, and H H^T = n I: divided by sqrt(n) it is a rotation, which spreads an
-outlier over all n numbers. Sylvester's matrices have the sizes 2^k. A Kronecker product of two Hadamard
+A Hadamard matrix H holds only 1 and -1, and H H^T = n I: divided by sqrt(n) it is a rotation, which spreads
+an outlier over all n numbers. Sylvester's matrices have the sizes 2^k. A Kronecker product of two Hadamard
 matrices is one again, and Paley's construction (from the squares modulo a prime q of the form 4 j + 3) gives
 the sizes q + 1, of which 12 and 20 are taken: so 576 = 12 * 12 * 4 and 1536 = 12 * 128 have one.
 """

@@ -23,8 +23,16 @@ from torch import Tensor
 
 from course_utils.evaluation.turns import in_turns
 from course_utils.grids.codebook import NF4
-from course_utils.kernels import GroupedCodes, backend, grouped_linear, pack
+from course_utils.kernels import (
+    GroupedCodes,
+    backend,
+    base3_product,
+    grouped_linear,
+    pack,
+    pack_trits,
+)
 from course_utils.plotting import new_figure
+from course_utils.quantizers.bitnet import quantize_tokens
 from course_utils.results import record, set_context
 from course_utils.tools import CourseError
 from course_utils.tools.bench.quantize import key_part
@@ -160,7 +168,21 @@ def _contenders(size: int, threads: int, pool: ThreadPoolExecutor) -> Iterator[C
     yield ours("8 bits", _grouped(codes + 120, scale, zero + 120, None, 8), "int8")
     yield ours("NF4", _grouped(codes, scale, None, NF4, 4), "float")
     row = scale[:, :1].contiguous()
-    yield ours("ternary", _grouped(codes % 3, row, torch.ones_like(row), None, 2), "int8")
+    ternary = _grouped(codes % 3, row, torch.ones_like(row), None, 2)
+    yield ours("ternary", ternary, "int8")
+    packed = pack_trits(codes.char() % 3 - 1, "base3")
+    yield contender(
+        "ours, ternary looked up, int8 inputs", packed.nbytes + row.nbytes,
+        lambda: _looked_up(packed.clone(), row), 2e-2, ternary.dequantize(),
+    )  # fmt: skip
+
+
+def _looked_up(packed: Tensor, scale: Tensor) -> Product:
+    def product(x: Tensor) -> Tensor:
+        codes, inverse = quantize_tokens(x)
+        return base3_product(codes.char(), packed) / inverse * scale.T
+
+    return product
 
 
 def _grouped(
