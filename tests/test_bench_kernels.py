@@ -15,6 +15,7 @@ from course_utils.tools.bench import kernels as bench
 OURS = [
     "ours, 4 bits, float inputs", "ours, 4 bits, int8 inputs", "ours, 8 bits, int8 inputs",
     "ours, NF4, float inputs", "ours, ternary, int8 inputs",
+    "ours, ternary looked up, int8 inputs",
 ]  # fmt: skip
 OTHERS = ["float32 F.linear", "float32, a part a thread", "bfloat16 F.linear", "torch int4"]
 
