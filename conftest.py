@@ -23,6 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Notebooks run in the quick profile, whatever the caller's shell says, and record into runs/."""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     os.environ["COURSE_PROFILE"] = "quick"
+    if config.option.markexpr != "gpu":  # before any library imports Triton
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ["COURSE_RUNS"] = str(Path(config.rootpath) / "runs" / "tests" / worker)
     if config.getoption("numprocesses", None):
         os.environ["OMP_NUM_THREADS"] = "1"  # of the workers, which start later, and their kernels

@@ -1,12 +1,7 @@
 """The Triton product against the torch reference: under its interpreter, or on a GPU; and what is refused."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
 from course_utils.grids.codebook import NF4
 from course_utils.kernels import GroupedCodes, backend, grouped_linear, pack
