@@ -47,6 +47,14 @@ def test_any_integer_dtype_is_packed_alike(dtype):
     assert torch.equal(pack(codes.to(dtype), 3), pack(codes, 3))
 
 
+@pytest.mark.parametrize("n_bits", range(1, 9))
+def test_the_bytes_of_transposed_codes_lie_side_by_side(n_bits):
+    codes = torch.randint(0, 2**n_bits, (8, 24)).T
+    packed = pack(codes, n_bits)
+    assert packed.is_contiguous()
+    assert torch.equal(packed, pack(codes.contiguous(), n_bits))
+
+
 def test_leading_dimensions_are_kept():
     codes = torch.randint(0, 8, (2, 3, 5))
     assert torch.equal(unpack(pack(codes, 3), 3, 5), codes.to(torch.uint8))

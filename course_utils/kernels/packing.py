@@ -36,7 +36,7 @@ def pack(codes: Tensor, n_bits: int) -> Tensor:
     groups = -(-n // group_codes)
     if group_bytes == 1:  # no code lies in two bytes, so that bytes are wide enough to work in
         codes = pad(codes.to(torch.uint8), (0, groups * group_codes - n))
-        packed = codes[..., ::group_codes].clone()
+        packed = codes[..., ::group_codes].clone(memory_format=torch.contiguous_format)
         for i in range(1, group_codes):
             packed |= codes[..., i::group_codes] << i * n_bits
         return packed
