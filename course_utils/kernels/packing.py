@@ -44,7 +44,9 @@ def pack(codes: Tensor, n_bits: int) -> Tensor:
     codes = pad(codes, (0, groups * group_codes - n)).unflatten(-1, (groups, group_codes))
     words = (codes << _steps(group_codes, n_bits, codes)).sum(-1, keepdim=True)
     packed = (words >> _steps(group_bytes, 8, codes)) & 255
-    return packed.to(torch.uint8).flatten(-2)[..., : _length(n, n_bits)].contiguous()
+    packed = packed.to(torch.uint8).flatten(-2)[..., : _length(n, n_bits)]
+    # A single row counts as contiguous whatever its stride, which its view as words then refuses.
+    return packed.clone(memory_format=torch.contiguous_format)
 
 
 def unpack(packed: Tensor, n_bits: int, n: int) -> Tensor:
