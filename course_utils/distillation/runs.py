@@ -6,6 +6,7 @@ has a sweep of learning rates for training with the teacher and one for training
 effort.
 """
 
+import functools
 import json
 import platform
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from course_utils.data.batches import TrainingBatches, token_stream
 from course_utils.data.corpora import documents
@@ -40,7 +41,7 @@ from course_utils.training.loop import TrainConfig
 SHIPPED = Path(__file__).parent.parent / "assets" / "distillation"
 BATCH, CONTEXT = 4, 256
 PROTOCOL = Protocol("factbook", 8192, CONTEXT)
-SWEEP_TOKENS, TOKENS = 50_000, 150_000  # of the sweeps and small comparisons, of the headline pairs
+SHORT, TOKENS = 25_000, 50_000  # tokens of sweeps and side comparisons, and of the headline pairs
 RATES = (0.5e-3, 1e-3, 2e-3)
 PROMPTS, PROMPT, WRITTEN = (
     64,
@@ -84,21 +85,20 @@ class Run:
         )
 
     def config(self, lr: float) -> TrainConfig:
-        """Warm-up over 5 % of the steps, decay over the last 40 %; a row every tenth of the run."""
+        """Warm-up over 10 % of the steps, decay over the last half; a row every sixth of the run."""
         steps = self.tokens // (BATCH * CONTEXT)
         return TrainConfig(
-            steps, lr, warmup=steps // 20, decay=2 * steps // 5, eval_every=max(1, steps // 10)
+            steps, lr, warmup=steps // 10, decay=steps // 2, eval_every=max(1, steps // 6)
         )
 
 
 def sweep(start: str) -> list[Run]:
     """The short runs that choose the learning rates of a start, with another seed."""
-    return [
-        Run(arm, start, SWEEP_TOKENS, seed=9, lr=lr) for lr in RATES for arm in ("hard", "soft")
-    ]
+    return [Run(arm, start, SHORT, seed=9, lr=lr) for lr in RATES for arm in ("hard", "soft")]
 
 
 def seeds(arms: Iterable[str], start: str, tokens: int) -> list[Run]:
+    """Each of `arms` with seeds 0 to 2; runs of one seed see the same batches."""
     return [Run(arm, start, tokens, seed) for seed in range(3) for arm in arms]
 
 
@@ -106,12 +106,12 @@ GROUPS = {
     "inherited": sweep("inherited") + seeds(("hard", "soft", "smooth"), "inherited", TOKENS),
     "fresh": sweep("fresh") + seeds(("hard", "soft"), "fresh", TOKENS),
     "settings": [
-        Run(arm, "inherited", SWEEP_TOKENS)
-        for arm in ("soft", "soft-T2", "soft-T4", "soft-T8", "hard", "mix25", "mix50", "mix75")
+        Run(arm, "inherited", SHORT)
+        for arm in ("hard", "soft", "soft-T2", "soft-T4", "soft-T8", "mix25", "mix50", "mix75")
     ],
     "directions": [
-        *seeds(("soft", "reverse", "own", "own-reverse"), "inherited", SWEEP_TOKENS),
-        Run("jsd", "inherited", SWEEP_TOKENS),
+        *seeds(("soft", "reverse", "own", "own-reverse"), "inherited", SHORT),
+        Run("jsd", "inherited", SHORT),
     ],
 }
 
@@ -137,11 +137,7 @@ def train_run(run: Run, teacher: LoadedModel, out: Path) -> dict:
     The weights kept are those of the least loss on the calibration split, which nothing is trained on,
     and which the evaluation does not see.
     """
-    encode, end = teacher.tokenizer.backend_tokenizer, teacher.tokenizer.eos_token_id
-    stream, held_out = (
-        token_stream(encode, documents("factbook", split), end)
-        for split in ("train", "calibration")
-    )
+    stream, held_out = _stream("train"), _stream("calibration")
     config = run.config(best_rate(run, out) if run.lr is None else run.lr)
     student = half_depth(teacher.model, inherit=run.start == "inherited", seed=run.seed)
     before = held_out_loss(student, held_out, 16)
@@ -249,6 +245,14 @@ def paired(log: dict, other: dict) -> Estimate:
     ) / counts  # the same for each token of a document: sums stay what they were
     unit = torch.arange(len(counts)).repeat_interleave(counts)
     return over_units(mean.repeat_interleave(counts), unit, "documents")
+
+
+@functools.cache
+def _stream(split: str) -> Tensor:
+    """The Factbook's documents of a split in course-lm's tokens, one after another."""
+    tokenizer = load_model("course-lm").tokenizer
+    end = tokenizer.eos_token_id
+    return token_stream(tokenizer.backend_tokenizer, documents("factbook", split), end)
 
 
 def _evaluated(found: Comparison) -> dict:
