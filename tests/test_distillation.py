@@ -471,12 +471,23 @@ def test_a_run_writes_what_the_notebook_reads(tmp_path, monkeypatch):
     found = runs.paired(log, better)
     documents = len(log["document_tokens"])
     assert found.value == pytest.approx(documents / sum(log["document_tokens"]))
-    assert len(log["own_text"]["reverse_kl"]) == 4
+    assert "own_text" not in log, "asked of the runs that are compared in it alone"
+
+
+def test_the_teacher_reads_what_a_student_writes(monkeypatch):
+    monkeypatch.setattr(runs, "PROMPTS", 3)
+    monkeypatch.setattr(runs, "WRITTEN", 4)
+    monkeypatch.setattr(runs, "PROTOCOL", runs.Protocol("factbook", 512, 64))
+    teacher = load_model("course-lm")
+    found = runs.own_text(teacher.model, teacher)
+    assert [len(values) for values in found.values()] == [3, 3, 3]
+    assert max(found["reverse_kl"]) < 1e-3, "the teacher's own text"
+    assert min(found["entropy"]) > 0.5
 
 
 def test_a_run_without_its_sweep_and_an_unknown_group_are_refused(tmp_path):
     with pytest.raises(
-        ValueError, match=r"needs a learning rate: run inherited-soft-25k-lr0\.0005"
+        ValueError, match=r"needs a learning rate: run inherited-soft-25k-lr0\.00025"
     ):
         runs.best_rate(runs.Run("mix50", "inherited", 1024), tmp_path)
     with pytest.raises(ValueError, match="no group 'sweeps': choose of inherited, fresh"):
