@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["badge"]
-#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/distillation/distillation_demo.ipynb)
 # # Distillation: a small student and what its teacher says
 #
 # *Large Model Quantization: a deep dive. Distillation 1 of 3.*
@@ -29,7 +29,39 @@
 # No profile needs a GPU; `quick` runs in under a minute, `cpu` in under five. In both you train students of your own.
 
 # %% tags=["setup"]
+# Set-up: installs the course's package where it is missing, as on Colab.
+import importlib.metadata
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
 
+VERSION = "0.1.0"
+ARCHIVE = "https://github.com/adiel2012/model-size-reduction/archive/main.zip"
+if importlib.util.find_spec("course_utils") is None:
+    spec = "course_utils[oracles] @ " + os.environ.get("COURSE_UTILS_SPEC", ARCHIVE)
+    # What is installed already stays as it is: pip may only add to it.
+    pins = {}
+    for d in reversed(list(importlib.metadata.distributions())):
+        pins[re.sub("[-_.]+", "-", str(d.name)).lower()] = f"{d.name}=={d.version}\n"
+    pin = re.compile(r"\S+==\d+(\.\d+)*((a|b|rc|\.post|\.dev)\d+)*(\+[\w.]+)?\n")
+    with tempfile.TemporaryDirectory() as folder:
+        with open(f"{folder}/constraints.txt", "w") as file:
+            file.writelines(filter(pin.fullmatch, pins.values()))
+        command = [sys.executable, "-m", "pip", "install", "-c", file.name, spec]
+        pip = subprocess.run(command, capture_output=True, text=True)
+    if pip.returncode != 0:
+        hint = "If versions conflict on Colab: Runtime > Change runtime type > latest."
+        raise RuntimeError(f"pip failed:\n{(pip.stdout + pip.stderr)[-2000:]}{hint}")
+    importlib.invalidate_caches()
+import course_utils
+
+if course_utils.__version__ != VERSION:
+    found = f"The notebook needs course_utils {VERSION}, not {course_utils.__version__}"
+    remedy = "On Colab open it by its badge; elsewhere install its commit, and restart"
+    raise RuntimeError(f"{found}. {remedy}.")
 # %%
 import copy
 import math
@@ -90,6 +122,8 @@ before, after = sudan.text.split("Kush gained independence", 1)
 ids = tokenizer(before + "Kush gained independence", return_tensors="pt").input_ids
 with torch.no_grad():
     logits = teacher(input_ids=ids.to(profile.device)).logits[0, -1].cpu()
+
+# %%
 top = logits.topk(9).indices  # logits [vocabulary]
 words = [tokenizer.decode([i]) for i in top.tolist()]
 print(f"... {before[-60:]}Kush gained independence |{after[:20]} ...")
@@ -142,7 +176,7 @@ print([round(t, 4) for t in terms.tolist()], round(terms.sum().item(), 4))
 
 # %%
 def soft_loss(z, v, T):
-    """T^2 KL(P || Q) in nats per token: logits of student and teacher [tokens, vocab]."""
+    """T^2 KL(P || Q), nats per token; z student, v teacher, logits [tokens, vocab]."""
     log_q = F.log_softmax(z / T, dim=-1)
     log_p = F.log_softmax(v.detach() / T, dim=-1)
     return T**2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
@@ -187,6 +221,7 @@ def gradient_norm(T):
     return z_t.grad.norm(dim=-1).mean().item()
 
 
+# %%
 temperatures = [1, 2, 4, 8, 16, 32, 64]
 norms = [gradient_norm(T) for T in temperatures]
 with_factor = [T**2 * norm for T, norm in zip(temperatures, norms, strict=True)]
@@ -242,6 +277,8 @@ starts = {
     "fresh": half_depth(teacher, inherit=False, seed=profile.seed).to(profile.device),
 }
 found = compare_all(starts, teacher, text)
+
+# %%
 rows = [{"model": "teacher", "parameters": teacher.num_parameters()}]
 rows += [
     {"model": f"student, {n}", "parameters": m.num_parameters()}
@@ -293,6 +330,8 @@ stream = token_stream(
     documents("factbook", "train")[::3],
     tokenizer.eos_token_id,
 )
+
+# %%
 updates = profile.pick(quick=6, cpu=24)
 config = TrainConfig(
     updates, 1e-3, warmup=2, decay=updates // 2, eval_every=updates // 3
@@ -308,6 +347,7 @@ def batches_of(seed):
     return lambda step: of(step).to(profile.device)
 
 
+# %%
 own = {}
 for name, settings in told.items():
     own[name] = copy.deepcopy(student)
@@ -358,7 +398,7 @@ for name, of in found.items():
 #
 # One pair may be luck. `course train-distillation` trained pairs with three seeds, each on 24 batches of 1,024 tokens; their logs are shipped. Learning rates come from
 # sweeps over the same three rates for both kinds, with another seed. Two controls stand beside them. **Label smoothing** gives
-# soft targets that say nothing: a tenth of the probability is spread evenly. And **fresh** students (one seed) show what inheriting does.
+# soft targets that say nothing: a tenth of the probability is spread evenly. And **fresh** students show what inheriting does. The controls have one seed.
 
 # %%
 from course_utils.distillation import runs
@@ -366,7 +406,7 @@ from course_utils.distillation import runs
 logs = runs.shipped_logs().values()
 
 
-def of(arm, start="inherited", tokens=runs.SHORT):
+def of(arm, start="inherited", tokens=runs.TOKENS):
     """Logs of a kind, ordered by seed; not those of the sweeps."""
     kind = {"arm": arm, "start": start, "tokens": tokens, "lr": None}
     chosen = [log for log in logs if kind.items() <= log["run"].items()]
@@ -390,7 +430,7 @@ plt.show()
 # *Figure: loss on the calibration documents, which nothing is trained on, over the tokens seen. On the left three seeds of each kind, on the right their difference.*
 #
 # The teacher's students fall faster from the first updates on, with every seed. Now the evaluation documents. Differences are paired over documents, seed by seed; ± is one
-# standard error over the *seeds*, and the last column says the error over the *documents*.
+# standard error over the *seeds*, or over the documents where there is one seed. The last column says the error over the *documents*.
 
 
 # %%
@@ -402,7 +442,7 @@ def over_seeds(values):
 
 
 def documents_error(a, b):
-    """Standard error over documents of what runs `a` lose more than `b`: mean of seeds."""
+    """Error over documents of what runs `a` lose more than `b`: mean of seeds."""
     found = [runs.paired(one, other).error for one, other in zip(a, b, strict=True)]
     return sum(found) / len(found)
 
@@ -431,12 +471,12 @@ def mean_of(found, value):
 # %%
 rows, gains = [], {}
 for name, found in kinds.items():
-    base = kinds[name.split(",")[0] + ", text alone"]
+    base = kinds[name.split(",")[0] + ", text alone"][: len(found)]
     row = {"student": name, "seeds": len(found)}
     row["nats lost"] = mean_of(found, lambda log: log["less_teacher"][0])
     row["KL divergence"] = mean_of(found, lambda log: log["divergence"][0])
     row["same top token"] = mean_of(found, lambda log: log["agreement"][0])
-    if found is not base:
+    if "text alone" not in name:
         gains[name] = less(base, found)
         row["won over text alone"] = format_difference(gains[name])
         row["± over documents"] = documents_error(base, found)
@@ -446,7 +486,7 @@ table(rows, formats | {"± over documents": ".3f"})
 
 # %% tags=["folded"]
 # Record the table, the rates and the time.
-by_runs = {"model": "course-lm-half", "tokens": runs.SHORT}
+by_runs = {"model": "course-lm-half", "tokens": runs.TOKENS}
 keys = ("hard", "smooth", "soft", "fresh_hard", "fresh_soft")
 for key, row in zip(keys, rows, strict=True):
     stem = f"distillation.runs.{key}"
@@ -574,20 +614,19 @@ table(rows, {"package": ".4f", "over beta or 1 - beta": ".4f"})
 # Next to the ends the value itself vanishes, and divided it tends to the forward and the reverse divergence, which the package gives at 0 and 1.
 #
 # The second idea of both papers: learn **on policy**. Text of others shows the student no state that its own errors lead to. So let it write, and let the teacher judge what it wrote.
-# That makes two choices, divergence and text. We cross them, with seed 0 and 24 batches each. "Own text" is what each student
+# We compare three students, with seed 0 and 24 batches each: forward on the text, reverse on the text, and reverse on text of their own. "Own text" is what each student
 # writes afterwards, from 32 tokens of each of 64 pieces of evaluation text; ± there is one standard error over these pieces.
 
 # %%
 ways = {
     "forward, text": of("soft")[0],
     "reverse, text": of("reverse")[0],
-    "forward, own text": of("own")[0],
     "reverse, own text": of("own-reverse")[0],
 }
 
 
 def over_prompts(log, what, other=None):
-    """Mean over the prompts, of the log or of its difference to another, with its error."""
+    """Mean over prompts, of a log or of its difference to another, with its error."""
     values = torch.tensor(log["own_text"][what])
     values = values if other is None else values - torch.tensor(other["own_text"][what])
     error = values.std().item() / len(values) ** 0.5
@@ -622,16 +661,14 @@ table(
 )
 
 # %% tags=["folded"]
-# Record the crossing.
+# Record the three.
 short = {
     "nats lost on text": "loss",
     measured[1]: "reverse_kl",
     measured[2]: "teacher_nats",
 }
 short |= {measured[3]: "entropy"}
-for key, row in zip(
-    ("forward_text", "reverse_text", "forward_own", "reverse_own"), rows, strict=True
-):
+for key, row in zip(("forward_text", "reverse_text", "reverse_own"), rows, strict=True):
     for column, what in short.items():
         record(f"distillation.ways.{key}.{what}", row[column], "nats", 1e-6, **by_runs)
         if row["student"] in changes:
@@ -639,7 +676,13 @@ for key, row in zip(
             record_estimate(stem, changes[row["student"]][column], 1e-6, **by_runs)
 
 # %% [markdown]
-# SAY_WAYS
+# In the recorded run, against forward on the text, the reverse divergence on the same text changes the teacher's loss on the student's own text by
+# {{distillation.ways.reverse_text.teacher_nats_change:+.3f}} ± {{distillation.ways.reverse_text.teacher_nats_change_error:.3f}} nats, and on policy by
+# {{distillation.ways.reverse_own.teacher_nats_change:+.3f}} ± {{distillation.ways.reverse_own.teacher_nats_change_error:.3f}}. The student's entropy changes by
+# {{distillation.ways.reverse_text.entropy_change:+.3f}} ± {{distillation.ways.reverse_text.entropy_change_error:.3f}} and {{distillation.ways.reverse_own.entropy_change:+.3f}} ±
+# {{distillation.ways.reverse_own.entropy_change_error:.3f}}: it writes what is likelier, as the one hill in the picture. The price is paid on the text of others:
+# {{distillation.ways.reverse_text.loss_change:+.3f}} ± {{distillation.ways.reverse_text.loss_change_error:.3f}} and {{distillation.ways.reverse_own.loss_change:+.3f}} ±
+# {{distillation.ways.reverse_own.loss_change_error:.3f}} nats. So first decide what the student is for: to judge text, or to write it.
 #
 # ## A teacher on disk
 #
@@ -656,6 +699,8 @@ with torch.no_grad():
     batch = batches(0)
     z, v = (m(input_ids=batch[:, :-1]).logits for m in (student, teacher))
     whole = soft_target_loss(z, v, 1).item()
+
+# %%
 with tempfile.TemporaryDirectory() as folder:
     for k in (1, 8, 32, 128):
         cache = cache_teacher(teacher, batches, 1, f"{folder}/{k}.safetensors", k=k)
@@ -711,8 +756,10 @@ grid = get_method(
 )
 rounded = copy.deepcopy(teacher).float()
 prepare_qat(rounded, grid)
+
+# %%
 seeds = range(profile.seed, profile.seed + profile.pick(quick=2, cpu=3))
-updates = profile.pick(quick=2, cpu=12)
+updates = profile.pick(quick=2, cpu=8)
 qat = TrainConfig(updates, 5e-4, warmup=2, decay=updates // 2, eval_every=updates)
 
 # %%
@@ -755,7 +802,7 @@ print("over seeds:", format_difference(won))
 
 # %% [markdown]
 # In the recorded run rounding to 2 bits costs {{distillation.qat.rounded.loss:.2f}} nats per token. Trained by the text {{distillation.qat.text.loss:.3f}} are left, by the teacher
-# {{distillation.qat.teacher.loss:.3f}}. The teacher wins {{distillation.qat.won:+.3f}} ± {{distillation.qat.won_error:.3f}} over the seeds, with an error of {{distillation.qat.won_documents_error:.3f}} over the documents. SAY_QAT
+# {{distillation.qat.teacher.loss:.3f}}. The teacher wins {{distillation.qat.won:+.3f}} ± {{distillation.qat.won_error:.3f}} over the seeds, with an error of {{distillation.qat.won_documents_error:.3f}} over the documents. The labels and the teacher pull in the same direction; the teacher pulls more exactly, with as many tokens.
 #
 # ## They speak
 
@@ -792,13 +839,14 @@ print(
 # - **The teacher wins {{distillation.runs.soft.won:.3f}} ± {{distillation.runs.soft.won_error:.3f}} nats** over the same student, text, updates and tuning without it. Smoothed labels win
 #   {{distillation.runs.smooth.won:+.3f}} ± {{distillation.runs.smooth.won_error:.3f}}.
 # - **The start counts for more than the loss.** A fresh student is {{distillation.runs.inheritance:.2f}} nats behind one that inherited.
-# - **Two directions, two students.** SAY_WAYS_SHORT
+# - **Two directions, two students.** Trained on its own text by the reverse divergence, a student changed the teacher's loss on what it writes by {{distillation.ways.reverse_own.teacher_nats_change:+.3f}} ±
+#   {{distillation.ways.reverse_own.teacher_nats_change_error:.3f}} nats, and lost {{distillation.ways.reverse_own.loss_change:+.3f}} ± {{distillation.ways.reverse_own.loss_change_error:.3f}} more on the text of others.
 # - **A float model teaches its own 2-bit self:** {{distillation.qat.won:+.3f}} ± {{distillation.qat.won_error:.3f}} nats over training by the text.
 #
 # ## Limits
 #
 # - Runs of 25,000 tokens show how fast students learn, not where they end. The teacher has read all of the Factbook's training text before, and these students have seen a part of it once.
-# - One teacher of 4 million parameters, one text, one size of student. Fresh students, temperature, mix and direction have one seed; temperature and mix have the learning rate of $T = 1$.
+# - One teacher of 4 million parameters, one text, one size of student. Smoothing, fresh students, temperature, mix and direction have one seed; temperature and mix have the learning rate of $T = 1$.
 # - On-policy runs are short, and write at temperature 1. MiniLLM's policy gradient was not built; ours differentiates the divergence at each place, as GKD does.
 # - The learning rate of the 2-bit models is one value, the same for both kinds.
 # - Greedy continuations show how a model writes, and prove nothing.
@@ -817,7 +865,7 @@ print(
 def step_loss(student, teacher, ids, T):
     """T^2 KL(P || Q) in nats per token, with a gradient for the student alone.
 
-    `student` and `teacher` map `ids` [batch, context] to logits [batch, context, vocab].
+    Both map `ids` [batch, context] to logits [batch, context, vocab].
     Approach: the teacher's logits under torch.no_grad(); log-softmax of both over T;
     sum over the vocabulary, mean over batch and context, times T^2.
     Example: a student that is a copy of the teacher has the loss 0.
@@ -925,7 +973,7 @@ assert torch.allclose(divergence(q, p), expected)
 
 # %% tags=["exercise"]
 def per_token(z, v):
-    """KL(P || Q) in nats per token, of logits [..., vocab] with any axes before the last.
+    """KL(P || Q) in nats per token, of logits [..., vocab] with any other axes.
 
     Approach: log-softmax of both over the last axis; the sum over the vocabulary; the
     mean over all tokens. If you use F.kl_div, flatten to [tokens, vocab] first.
@@ -970,7 +1018,7 @@ assert abs(per_token(z[0, 0], v[0, 0]).item() - hand) < 1e-5
 def jsd(log_q, log_p, beta):
     """GKD's divergence in nats per token, of log-probabilities [tokens, vocab].
 
-    beta KL(P || M) + (1 - beta) KL(Q || M) with M = beta P + (1 - beta) Q, P the teacher's;
+    beta KL(P || M) + (1 - beta) KL(Q || M) with M = beta P + (1 - beta) Q;
     KL(P || Q) for beta 0, and KL(Q || P) for beta 1.
     Approach: treat the ends first; then M from probabilities, or by torch.logaddexp.
     Example: equal distributions give 0 for every beta.

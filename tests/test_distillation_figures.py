@@ -1,5 +1,7 @@
 """Figures of distillation: what stands in them, and what they refuse."""
 
+import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -9,6 +11,16 @@ from course_utils.plotting.distillation import (
     soft_targets,
     two_losses,
 )
+
+
+matplotlib.use("agg")
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    """pyplot keeps every figure until it is closed."""
+    yield
+    plt.close("all")
 
 
 def texts(figure) -> set[str]:

@@ -92,14 +92,14 @@ def train_distillation(
     groups: Annotated[
         list[str] | None,
         typer.Argument(
-            help="inherited, fresh, settings, directions, long. Default: all, in this order."
+            help="inherited, fresh, settings, directions. Default: all, in this order."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and logs.")] = Path(
         "runs/distillation"
     ),
 ) -> None:
-    """Train the students that `distillation_demo` shows the logs of: about an hour of a CPU core.
+    """Train the students that `distillation_demo` shows the logs of: about 10 minutes of a CPU core.
 
     Goes on where it was interrupted, and skips what is finished. Example:
     `course train-distillation inherited --out runs/distillation`.
