@@ -12,7 +12,6 @@ from course_utils.plotting.distillation import (
     two_losses,
 )
 
-
 matplotlib.use("agg")
 
 

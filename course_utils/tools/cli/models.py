@@ -91,9 +91,7 @@ def train_bitnet(
 def train_distillation(
     groups: Annotated[
         list[str] | None,
-        typer.Argument(
-            help="inherited, fresh, settings, directions. Default: all, in this order."
-        ),
+        typer.Argument(help="inherited, fresh, settings, directions. Default: all, in this order."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and logs.")] = Path(
         "runs/distillation"
