@@ -1,4 +1,4 @@
-"""Commands on the models that the course makes: train-lm, lm-report, dither, train-bitnet."""
+"""Commands on the models that the course makes: train-lm, lm-report, dither, train-bitnet and others."""
 
 from pathlib import Path
 from typing import Annotated
@@ -83,5 +83,28 @@ def train_bitnet(
 
     try:
         bitnet_lm.train_plan(out) if ship is None else bitnet_lm.ship(out, ship)
+    except ValueError as error:
+        raise CourseError(str(error)) from error
+
+
+@app.command()
+def train_distillation(
+    groups: Annotated[
+        list[str] | None,
+        typer.Argument(help="inherited, fresh, settings, directions. Default: all, in this order."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and logs.")] = Path(
+        "runs/distillation"
+    ),
+) -> None:
+    """Train the students that `distillation_demo` shows the logs of: about 10 minutes of a CPU core.
+
+    Goes on where it was interrupted, and skips what is finished. Example:
+    `course train-distillation inherited --out runs/distillation`.
+    """
+    from course_utils.distillation import runs
+
+    try:
+        runs.train_groups(out, groups or runs.GROUPS)
     except ValueError as error:
         raise CourseError(str(error)) from error
