@@ -68,7 +68,8 @@ def against_sparsity(
             if label == level:
                 continue
             axis.plot(shares, values, label=label, markersize=5, **styles[label])
-            crossing = break_even(shares, values, dense[1])
+            same = list(shares) == list(dense[0])  # a format of one sparsity crosses nothing
+            crossing = break_even(shares, values, dense[1]) if same else None
             if crossing is not None:
                 axis.axvline(crossing, color=styles[label]["color"], linestyle=":", linewidth=1.2)
         axis.set_title(title, fontsize=10)

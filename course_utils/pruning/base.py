@@ -23,9 +23,7 @@ class PruningMethod(Method):
     def __post_init__(self):
         check_setting(self.sparsity)
         if self.value_dtype not in ("float16", "float32"):
-            raise ValueError(
-                f"value_dtype {self.value_dtype!r}: choose one of float16, float32"
-            )
+            raise ValueError(f"value_dtype {self.value_dtype!r}: choose one of float16, float32")
 
     @property
     def weight_type(self) -> type:

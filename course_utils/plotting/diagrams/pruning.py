@@ -61,7 +61,8 @@ def row_in_formats(row: Tensor, mask: Tensor) -> Figure:
 
     `row` `[in]`, at most 8, and `mask` bool `[in]`, which keeps 2 of each 4 neighbours, so that 2:4 can
     store it too. Values are float16, CSR's column indices int16; CSR's row pointer (32 bits a row) is
-    drawn too. A bit of the bitmask that is 0 is pale. For `pruning/pruning_demo`. Raises ValueError for another length or mask.
+    drawn too. A bit of the bitmask that is 0 is pale. For `pruning/pruning_demo`. Raises ValueError for
+    another length or mask.
     """
     _check(row, mask)
     refuse_above(MAX_WEIGHTS, len(row), "weights", "show the idea with 8")
@@ -87,7 +88,11 @@ def row_in_formats(row: Tensor, mask: Tensor) -> Figure:
         _parts(axis, 0.2 * longest, parts)
     handles = [
         Rectangle((0, 0), 1, 1, facecolor=colour, label=label)
-        for colour, label in ((VALUE, "a value that stays"), (PLACE, "where it is"), (DONE, "a zero"))
+        for colour, label in (
+            (VALUE, "a value that stays"),
+            (PLACE, "where it is"),
+            (DONE, "a zero"),
+        )
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9)
     return figure
