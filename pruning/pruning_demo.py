@@ -141,7 +141,7 @@ for share in (0.1, 0.3, 0.5, 0.9):
 from course_utils.pruning.magnitude import Magnitude, magnitude_masks
 
 dense, tokenizer = load_model("course-lm", device=profile.device)
-measured_on = Protocol("factbook", profile.pick(quick=1024, cpu=4096), 256)
+measured_on = Protocol("factbook", profile.pick(quick=1024, cpu=2048), 256)
 text = measured_on.text(tokenizer)
 
 
@@ -316,7 +316,7 @@ larger = profile.models[-1].replace("q4_1", "dithered")
 rows, others = [], {}
 if larger != "course-lm":
     big, big_tokenizer = load_model(larger, dtype=profile.dtype, device=profile.device)
-    few = Protocol("factbook", 1024, 512)
+    few = Protocol("factbook", 512, 256)
     changed = {s: pruned(big, magnitude_masks(big, s / 100)) for s in (30, 50)}
     others = compare_all(changed, big, few.text(big_tokenizer))
     rows = [
@@ -363,7 +363,7 @@ print(continuations(speakers, tokenizer, prompt_of("course-lm"), new_tokens=24))
 # %%
 from course_utils.pruning.masked import hold_masks, masks_of, release_masks
 
-context, batch_size = 128, 4
+context, batch_size = 64, 4
 end = tokenizer.eos_token_id
 stream = token_stream(tokenizer.backend_tokenizer, documents("factbook", "train"), end)
 batches = TrainingBatches(
@@ -418,10 +418,10 @@ assert all(
 #
 # Now the comparison: the same model, the same batches in the same order, the same number of updates, the same learning rate, 90% in the end. **One shot** prunes before
 # the first update. **Gradual** follows the cube over the first three fifths. Two controls with one seed: **random** removes any 90% in one shot, and **dense**
-# removes nothing and only trains. Embeddings are frozen in all. The rate, 4e-3, was the best of 1e-3, 2e-3 and 4e-3 for both ways, in runs with another seed and 60 updates.
+# removes nothing and only trains. Embeddings are frozen in all. The rate, 4e-3, was the best of 1e-3, 2e-3 and 4e-3 for both ways, in runs of 60 updates with another seed and sequences twice as long.
 
 # %%
-updates = profile.pick(quick=8, cpu=48)
+updates = profile.pick(quick=6, cpu=40)
 seeds = range(profile.seed, profile.seed + profile.pick(quick=2, cpu=3))
 schedule = GradualPruning(final=0.9, begin=0, times=3 * updates // 10, every=2)
 CONFIG = TrainConfig(
@@ -579,7 +579,7 @@ byte_stream, others = as_bytes("train", 4), as_bytes("evaluation", 1)
 held_out = others[: 128 * 65].view(128, 65).to(profile.device)
 
 # %%
-short = profile.pick(quick=30, cpu=240)
+short = profile.pick(quick=20, cpu=160)
 TICKETS = TrainConfig(
     short, lr=6e-3, warmup=short // 10, decay=short // 4, eval_every=short
 )
@@ -739,34 +739,42 @@ bits["2:4"] = [0.5], [pattern.bits_per_weight]
 
 
 # %%
-def milliseconds(run, times=9):
-    """Median of some runs, after two that do not count."""
-    taken = []
+def milliseconds(runs, times=25):
+    """The fastest of some runs of each, in turns, after two that do not count."""
+    taken = {name: [] for name in runs}
     for _ in range(times + 2):
-        start = time.perf_counter()
-        run()
-        taken.append(1e3 * (time.perf_counter() - start))
-    return sorted(taken[2:])[times // 2]
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            taken[name].append(1e3 * (time.perf_counter() - start))
+    return {name: min(of_run[2:]) for name, of_run in taken.items()}
 
 
-large, x = torch.randn(1024, 1024, generator=draw), torch.randn(1024, 8, generator=draw)
+large = torch.randn(1024, 1024, generator=draw)
+x = torch.randn(1, 1024, generator=draw)  # [tokens, in]
 tried = [0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
+
+# %%
 times = {"dense": [], "CSR, int16 indices": [], "bitmask": []}
 for s in tried:
     mask = layer_mask(large.abs(), s)
+    zeroed, stored = large * mask, BitmaskWeight.from_mask(large, mask, "float32")
     csr = CsrWeight.from_mask(large, mask, "float32").as_torch()
-    stored = BitmaskWeight.from_mask(large, mask, "float32")
-    torch.testing.assert_close(csr @ x, (large * mask) @ x, rtol=1e-3, atol=1e-3)
-    zeroed = large * mask
-    times["dense"].append(milliseconds(lambda z=zeroed: z @ x))
-    times["CSR, int16 indices"].append(milliseconds(lambda c=csr: c @ x))
-    times["bitmask"].append(milliseconds(lambda b=stored: b.dequantize() @ x))
+    torch.testing.assert_close(csr @ x.T, zeroed @ x.T, rtol=1e-3, atol=1e-3)
+    found_times = milliseconds(
+        {
+            "dense": lambda z=zeroed: nn.functional.linear(x, z),
+            "CSR, int16 indices": lambda c=csr: c @ x.T,
+            "bitmask": lambda b=stored: nn.functional.linear(x, b.dequantize()),
+        }
+    )
+    for name, ms in found_times.items():
+        times[name].append(ms)
+print(f"on {torch.get_num_threads()} threads of the CPU")
 
 # %%
-panels = {
-    "bytes": bits,
-    "time, 8 tokens": {name: (tried, ms) for name, ms in times.items()},
-}
+drawn = {name: (tried, times[name]) for name in ("dense", "CSR, int16 indices")}
+panels = {"bytes": bits, "time, one token": drawn}
 figure = against_sparsity(panels, ["bits per weight", "milliseconds"], "dense")
 plt.show()
 
@@ -795,14 +803,14 @@ for key, value in (("bitmask_90", slower), ("csr_90", faster), ("csr_50", halved
 
 # %% [markdown]
 # *Figure: on the left bits per weight of four formats against sparsity, 2:4 as a point. On the right the time of one product on this machine, one float32 matrix of
-# 1024 by 1024 and 8 tokens, the median of 9 runs. Dotted lines: from there on a format beats dense. The bitmask's times lie above the frame where they are not seen.*
+# 1024 by 1024 and one token, the fastest of 25 runs. Dotted lines: from there on a format beats dense.*
 #
 # In the recorded run bitmask beats dense from {{pruning.break_even.bitmask:.2f}} on, CSR from {{pruning.break_even.csr_int16:.2f}} with int16 indices and from
 # {{pruning.break_even.csr_int32:.2f}} with int32. At 50%, the usual sparsity of papers, CSR takes {{pruning.time.csr_50:.1f}} times as *long* as dense. At 90% it is
 # {{pruning.time.csr_90:.1f}} times as fast. The bitmask, decoded by torch's own operations, takes {{pruning.time.bitmask_90:.0f}} times as long: it saves bytes only.
 # Dense zeros gain no time at any sparsity.
 #
-# The whole model, time per generated token:
+# The whole model, milliseconds per generated token. The fastest of 16 tokens is the one that other programs disturbed least:
 
 # %%
 prompt = torch.tensor(tokenizer(prompt_of("course-lm")).input_ids)
@@ -816,14 +824,11 @@ speeds = {
 rows = []
 for name, model in speeds.items():
     timing = time_per_token(model, prompt, new_tokens=16)
-    rows.append({"model": name, "ms per token": timing.median, "spread": str(timing)})
-    record(
-        f"pruning.token.{name.replace('%, ', '_')}",
-        timing.median,
-        "ms",
-        model="course-lm",
-    )
-table(rows, {"ms per token": ".1f"})
+    fastest, median = min(timing.milliseconds), timing.median
+    rows.append({"model": name, "fastest": fastest, "median": median})
+    key = f"pruning.token.{name.replace('%, ', '_')}"
+    record(key, fastest, "ms", model="course-lm")
+table(rows, {"fastest": ".1f", "median": ".1f"})
 
 # %% [markdown]
 # In the recorded run the model full of zeros takes {{pruning.token.90_zeros:.1f}} ms where the dense one takes {{pruning.token.dense:.1f}}: nothing is won. The packed
