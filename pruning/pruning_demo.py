@@ -12,6 +12,11 @@
 
 # %% [markdown] tags=["badge"]
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/pruning/pruning_demo.ipynb)
+#
+# # Pruning by magnitude: what goes, and what it saves
+#
+# *Large Model Quantization: a deep dive. Pruning, first of three.*
+
 # %% [markdown]
 # When you have worked through this notebook you will be able to
 #
