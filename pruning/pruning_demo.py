@@ -89,6 +89,8 @@ from course_utils.evaluation import (
     time_per_token,
 )
 from course_utils.evaluation.estimate import with_error
+
+# %%
 from course_utils.models import linear_layers, load_model
 from course_utils.plotting import nats_against_bits, table
 from course_utils.plotting.pruning import (
@@ -838,9 +840,7 @@ faster = (
     times["dense"][tried.index(0.9)] / times["CSR, int16 indices"][tried.index(0.9)]
 )
 halved = times["CSR, int16 indices"][1] / times["dense"][1]
-print(
-    f"at 90%: bitmask {slower:.0f} times as long as dense, CSR {faster:.1f} times as fast"
-)
+print(f"at 90%: bitmask {slower:.0f} times as long, CSR {faster:.1f} times as fast")
 for key, value in (("bitmask_90", slower), ("csr_90", faster), ("csr_50", halved)):
     record(f"pruning.time.{key}", value, "", model="random")
 
@@ -928,7 +928,7 @@ def prune_smallest(W, sparsity):
     """`W` `[out, in]` with its `round(sparsity * N)` smallest magnitudes set to 0.
 
     Approach: order the magnitudes of all N weights, and zero the first ones by place.
-    Of equal magnitudes, those that come first in row order go first. `W` stays as it is.
+    Of equal magnitudes the first in row order go first. `W` stays as it is.
     Example: [[3.0, -1.0], [-4.0, 2.0]] at 0.5 gives [[3.0, 0.0], [-4.0, 0.0]].
     Hint: a stable sort gives places; a threshold gives too many.
     """
