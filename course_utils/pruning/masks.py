@@ -129,8 +129,12 @@ def check_setting(sparsity: float | str) -> None:
 
 def without_lowest(scores: Tensor, zeros: int) -> Tensor:
     """False at the `zeros` lowest `scores` along the last dimension; of equal ones, at the first."""
-    lowest = scores.sort(dim=-1, stable=True).indices[..., :zeros]
-    return torch.ones_like(scores, dtype=torch.bool).scatter_(-1, lowest, False)
+    if not zeros:
+        return torch.ones_like(scores, dtype=torch.bool)
+    highest = scores.kthvalue(zeros, dim=-1, keepdim=True).values  # of those that go
+    below, equal = scores < highest, scores == highest
+    places = zeros - below.sum(-1, keepdim=True)  # of the equal ones, so many go
+    return ~(below | (equal & (equal.cumsum(-1) <= places)))
 
 
 def _check_scores(scores: Tensor, where: str = "") -> None:

@@ -2,14 +2,16 @@
 
 A matrix that is multiplied by its mask is as large as before: zeros cost what other numbers cost. Three
 ways to store less, with b bits a value: a bitmask takes 1 bit for every weight and b for each that stays;
-2:4 takes b for half of them and 2 bits each for their places; CSR takes b and a column index for each that
-stays, and a pointer for each row. Of CSR only the bytes are counted here (`csr_bytes`): `torch` has it.
+2:4 takes b for half of them and 2 bits each for their places; compressed sparse rows (CSR) take b and a
+column index for each that stays, and a pointer for each row.
 
-Left out: kernels that multiply without decoding. `linear` decodes the whole weight first, so these save
-memory and no time. NVIDIA's sparse tensor cores read 2:4 (Mishra et al. 2021, arXiv 2104.08378), with the
-places in an order of their own.
+Left out: kernels of our own that multiply without decoding. The methods decode the whole weight first, so
+bitmask and 2:4 save memory and no time; CSR is multiplied by `torch`, which has a kernel for it. NVIDIA's
+sparse tensor cores read 2:4 (Mishra et al. 2021, arXiv 2104.08378), with the places in an order of their
+own. Drawn and measured in `pruning/pruning_demo`.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,11 +105,54 @@ class TwoFourWeight(QuantizedWeight):
         return fours.scatter_(2, places, values.view(out, -1, 2)).flatten(1)
 
 
-def store(
-    weight: Tensor, mask: Tensor, sparsity: float | str, dtype: ValueDtype
-) -> BitmaskWeight | TwoFourWeight:
-    """`weight` `[out, in]` under `mask`, in the class that fits the setting (`weight_class`)."""
-    return weight_class(sparsity).from_mask(weight, mask, dtype)
+@dataclass(frozen=True)
+class CsrWeight(QuantizedWeight):
+    """Compressed sparse rows: of each weight that stays the value and its column, row after row."""
+
+    starts: Tensor  # int32 [out + 1]: values starts[i] to starts[i + 1] - 1 are those of row i
+    indices: Tensor  # int16 or int32 [kept]: the column of each value, ascending in a row
+    values: Tensor  # float16 or float32 [kept]
+    columns: int
+
+    @classmethod
+    def from_mask(cls, weight: Tensor, mask: Tensor, dtype: ValueDtype) -> "CsrWeight":
+        """Store of `weight` `[out, in]` what `mask` (bool, the same shape) keeps.
+
+        Indices are int16 where the columns can be counted so (at most 32,768 of them), else int32.
+        """
+        _check_mask(weight, mask)
+        starts = torch.zeros(len(mask) + 1, dtype=torch.int32, device=mask.device)
+        starts[1:] = mask.sum(1).cumsum(0)
+        index_dtype = torch.int16 if mask.shape[1] <= 2**15 else torch.int32
+        indices = mask.nonzero()[:, 1].to(index_dtype)
+        return cls(starts, indices, stored_values(weight[mask], dtype), weight.shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.starts) - 1, self.columns
+
+    def kept(self) -> Tensor:
+        """The mask, bool `[out, in]`."""
+        mask = torch.zeros(self.shape, dtype=torch.bool, device=self.values.device)
+        mask[self._rows(), self.indices.int()] = True
+        return mask
+
+    def dequantize(self) -> Tensor:
+        """The weight `[out, in]` in float32, zeros and all."""
+        weight = torch.zeros(self.shape, device=self.values.device)
+        weight[self._rows(), self.indices.int()] = self.values.float()
+        return weight
+
+    def as_torch(self) -> Tensor:
+        """The same as torch's sparse CSR tensor in float32, which multiplies: `as_torch() @ x`."""
+        parts = self.starts, self.indices.int(), self.values.float()
+        with warnings.catch_warnings():  # torch calls the format a beta, once a process
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support", UserWarning)
+            return torch.sparse_csr_tensor(*parts, size=self.shape, check_invariants=True)
+
+    def _rows(self) -> Tensor:
+        rows = torch.arange(len(self.starts) - 1, device=self.values.device)
+        return rows.repeat_interleave(self.starts.diff())
 
 
 def weight_class(sparsity: float | str) -> type[BitmaskWeight] | type[TwoFourWeight]:

@@ -9,15 +9,15 @@ stay in the same pass.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from course_utils.compression.base import Method, check_weight, dequantized_linear
+from course_utils.compression.base import check_weight
 from course_utils.compression.compensation import compensate
 from course_utils.compression.hessian import Hessian, check_hessian, inverse_factor
-from course_utils.pruning.magnitude import check_dtype
+from course_utils.pruning.base import PruningMethod
 from course_utils.pruning.masks import (
     check_pattern,
     check_setting,
@@ -26,7 +26,7 @@ from course_utils.pruning.masks import (
     n_zeros,
     without_lowest,
 )
-from course_utils.pruning.sparse import BitmaskWeight, TwoFourWeight, store, weight_class
+from course_utils.pruning.sparse import BitmaskWeight, TwoFourWeight
 
 
 class Pruned(NamedTuple):
@@ -106,37 +106,24 @@ def sparsegpt(
 
 
 @dataclass(frozen=True)
-class SparseGPT(Method):
+class SparseGPT(PruningMethod):
     """Remove a share of a layer's weights, or a pattern as "2:4", and let those that stay make up for it.
 
     `damping`: share of the Hessian's mean diagonal that is added to it. `block_size`: columns of which a
     share is chosen together, and after which the errors move on; with a pattern it changes nothing but
-    time. `value_dtype`: how the weights that stay are stored.
+    time.
     """
 
-    sparsity: float | str = 0.5
     damping: float = 0.01
     block_size: int = 128
-    value_dtype: Literal["float16", "float32"] = "float16"
     name: ClassVar[str] = "sparsegpt"
 
     def __post_init__(self):
-        check_setting(self.sparsity)
-        check_dtype(self.value_dtype)
+        super().__post_init__()
         if type(self.block_size) is not int or self.block_size < 1:
             raise ValueError(f"block_size {self.block_size!r}: choose a positive number")
         if not 0 <= self.damping < float("inf"):
             raise ValueError(f"damping {self.damping} must be 0 or positive; the paper's is 0.01")
-
-    @property
-    def weight_type(self) -> type:
-        """2:4 has a class of its own."""
-        return weight_class(self.sparsity)
-
-    def check_shape(self, out: int, columns: int) -> None:
-        """Refuse columns that a pattern does not divide."""
-        if isinstance(self.sparsity, str):
-            check_pattern(self.sparsity, columns)
 
     @property
     def wants_statistics(self) -> bool:
@@ -163,14 +150,10 @@ class SparseGPT(Method):
             damping=self.damping,
             block_size=self.block_size,
         )
-        return store(found.weight, found.mask, self.sparsity, self.value_dtype)
+        return self.stored(found.weight, found.mask)
 
     def output_error(
         self, weight: Tensor, approximation: Tensor, statistics: Hessian
     ) -> float | None:
         """The Hessian tells it: no need to run the block again."""
         return statistics.relative_error(weight.float(), approximation)
-
-    def linear(self, x: Tensor, weight: BitmaskWeight | TwoFourWeight, bias: Tensor | None):
-        """`x @ W.T + bias`, for `x` `[tokens, in]`, with the decoded weight."""
-        return dequantized_linear(x, weight, bias)

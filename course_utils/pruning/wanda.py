@@ -8,15 +8,15 @@ where they cut it off. Left out: their variant with a threshold of its own for e
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from course_utils.compression.base import Method, all_finite, check_weight, dequantized_linear
-from course_utils.pruning.magnitude import check_dtype
-from course_utils.pruning.masks import check_pattern, check_setting, mask_for
-from course_utils.pruning.sparse import BitmaskWeight, TwoFourWeight, store, weight_class
+from course_utils.compression.base import all_finite, check_weight
+from course_utils.pruning.base import PruningMethod
+from course_utils.pruning.masks import mask_for
+from course_utils.pruning.sparse import BitmaskWeight, TwoFourWeight
 
 
 class InputNorms:
@@ -68,29 +68,10 @@ def wanda_scores(weight: Tensor, norms: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Wanda(Method):
-    """Remove of each row the weights of lowest score: a share of them, or a pattern as "2:4".
+class Wanda(PruningMethod):
+    """Remove of each row the weights of lowest score: a share of them, or a pattern as "2:4"."""
 
-    `value_dtype`: how those that stay are stored; float32 keeps them bit for bit.
-    """
-
-    sparsity: float | str = 0.5
-    value_dtype: Literal["float16", "float32"] = "float16"
     name: ClassVar[str] = "wanda"
-
-    def __post_init__(self):
-        check_setting(self.sparsity)
-        check_dtype(self.value_dtype)
-
-    @property
-    def weight_type(self) -> type:
-        """2:4 has a class of its own."""
-        return weight_class(self.sparsity)
-
-    def check_shape(self, out: int, columns: int) -> None:
-        """Refuse columns that a pattern does not divide."""
-        if isinstance(self.sparsity, str):
-            check_pattern(self.sparsity, columns)
 
     @property
     def wants_statistics(self) -> bool:
@@ -111,8 +92,4 @@ class Wanda(Method):
                 "Wanda needs the norms of the layer's inputs: give quantize_model some calibration"
             )
         mask = mask_for(wanda_scores(weight, statistics.norms()), self.sparsity)
-        return store(weight, mask, self.sparsity, self.value_dtype)
-
-    def linear(self, x: Tensor, weight: BitmaskWeight | TwoFourWeight, bias: Tensor | None):
-        """`x @ W.T + bias`, for `x` `[tokens, in]`, with the decoded weight."""
-        return dequantized_linear(x, weight, bias)
+        return self.stored(weight, mask)

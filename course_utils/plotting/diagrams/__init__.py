@@ -10,6 +10,7 @@ from course_utils.plotting.diagrams.codebooks import (
 )
 from course_utils.plotting.diagrams.flows import fake_quantization_paths, integer_data_flow
 from course_utils.plotting.diagrams.matrices import activation_heatmap, four_matrices, gptq_steps
+from course_utils.plotting.diagrams.pruning import masked_matrix, row_in_formats
 from course_utils.plotting.diagrams.slices import slices_in_words
 from course_utils.plotting.diagrams.storage import bits_in_bytes, grids_on_a_line
 from course_utils.plotting.diagrams.walks import block_walk
@@ -24,7 +25,9 @@ __all__ = [
     "gptq_steps",
     "grids_on_a_line",
     "integer_data_flow",
+    "masked_matrix",
     "nibbles_in_bytes",
     "quantile_levels",
+    "row_in_formats",
     "slices_in_words",
 ]
