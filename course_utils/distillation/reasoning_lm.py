@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import starmap
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ from course_utils.training.loop import TrainConfig, train
 SHIPPED = Path(__file__).parent.parent / "assets" / "reasoning"  # what `ship` wrote for the notebook
 WIDTHS = {"teacher": 96, "student": 48}
 TOKENS = 714  # of a batch: 34 rows of 21 tokens with steps, 42 of 17 without
-STEPS = {"teacher": 380, "student": 1200}
+STEPS = {"teacher": 350, "student": 1000}
 TRACED = 5000  # problems of each trained length that the teacher solves
 KINDS = ("answers", "verified", "unfiltered", "rejected", "shuffled", "dots")
 HEADLINE = ("answers", "verified")
@@ -201,12 +202,15 @@ def accuracy(model: GPT2LMHeadModel, count: int) -> dict[int, list[bool]]:
     return found
 
 
-def train_plan(out: Path, plan: Sequence[tuple[str, int]] = PLAN) -> None:
+def train_plan(out: Path, plan: Sequence[tuple[str, int]]) -> None:
     """Train the teacher, let it write, and train the students of `plan`; what `out` holds is skipped."""
     teacher = train_run(Run("teacher"), None, out)
+    missing = [run for run in starmap(Run, plan) if not (out / run.name / "log.json").exists()]
+    if not missing:
+        return
     traces = teacher_traces(teacher)
-    for kind, seed in plan:
-        train_run(Run(kind, seed), lines_of(kind, traces), out)
+    for run in missing:
+        train_run(run, lines_of(run.kind, traces), out)
 
 
 def train_run(run: Run, lines: list[str] | None, out: Path) -> GPT2LMHeadModel:
@@ -258,7 +262,7 @@ def ship(out: Path, folder: Path) -> None:
     Runs that are not finished are left out.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for run in (Run("teacher"), *(Run(*planned) for planned in PLAN)):
+    for run in (Run("teacher"), *starmap(Run, PLAN)):
         if not (out / run.name / "log.json").exists():
             continue
         with replacing(folder / f"{run.name}.json") as partial:

@@ -17,4 +17,4 @@ def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
     shrink = 1 + z * z / count
     middle = (share + z * z / (2 * count)) / shrink
     half = z / shrink * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return (middle - half if right else 0.0), (middle + half if right < count else 1.0)

@@ -105,6 +105,9 @@ def train_reasoning(
     from course_utils.distillation import reasoning_lm
 
     try:
-        reasoning_lm.train_plan(out) if ship is None else reasoning_lm.ship(out, ship)
+        if ship is None:
+            reasoning_lm.train_plan(out, reasoning_lm.PLAN)
+        else:
+            reasoning_lm.ship(out, ship)
     except ValueError as error:
         raise CourseError(str(error)) from error
