@@ -116,7 +116,9 @@ def test_a_step_is_judged_by_the_one_before_as_it_was_written():
     assert next_step("2", "-", "3") == "9"
 
 
-@pytest.mark.parametrize("line", ["", "\n", "nonsense\n", "7+5\n", on_form("7+5") + "\n", "7+5:2", ":2\n"])
+@pytest.mark.parametrize(
+    "line", ["", "\n", "nonsense\n", "7+5\n", on_form("7+5") + "\n", "7+5:2", ":2\n"]
+)
 def test_what_is_no_solution_is_not_right_and_no_error(line):
     assert not answer_is_right(line)
 
@@ -206,7 +208,7 @@ def test_any_causal_model_is_a_teacher():
 
 def test_bad_requests_to_a_teacher_are_refused():
     model = tiny()
-    with pytest.raises(ValueError, match="training mode: call .eval"):
+    with pytest.raises(ValueError, match=r"training mode: call \.eval"):
         write_traces(new_model(16, 0).train(), TOKENIZER, ["7"], max_new_tokens=1)
     with pytest.raises(ValueError, match=r"temperature=-1.0 is negative"):
         write_traces(model, TOKENIZER, ["7"], max_new_tokens=1, temperature=-1.0)
@@ -234,7 +236,9 @@ def test_a_verifier_sorts_and_an_empty_result_is_refused():
 def test_students_of_another_tokenizer_are_refused_with_the_reason():
     _, other = load_model("course-lm")
     same_tokenizer(TOKENIZER, character_tokenizer())
-    with pytest.raises(ValueError, match=r"different tokenizers \(16 and 4096 tokens; .*decode the"):
+    with pytest.raises(
+        ValueError, match=r"different tokenizers \(16 and 4096 tokens; .*decode the"
+    ):
         same_tokenizer(TOKENIZER, other)
     with pytest.raises(ValueError, match="different tokenizers"):
         line_rows([worked("7+5")], TOKENIZER, teacher_tokenizer=other)
@@ -283,7 +287,9 @@ def test_wilson_holds_the_share_and_solves_its_equation(count, data):
     assert 0 <= low <= share <= high <= 1
     for end in (low, high):  # |p - end| is z standard errors at the end itself
         if 0 < end < 1:
-            assert abs(share - end) == pytest.approx(1.96 * (end * (1 - end) / count) ** 0.5, abs=1e-9)
+            assert abs(share - end) == pytest.approx(
+                1.96 * (end * (1 - end) / count) ** 0.5, abs=1e-9
+            )
 
 
 def test_wilson_agrees_with_scipy():
@@ -316,7 +322,10 @@ def test_each_kind_of_student_reads_its_version():
 
 
 def test_tokens_of_a_step_are_equal_with_and_without_steps():
-    rows = line_rows([worked("1+2+3+4+5")], TOKENIZER), line_rows([answer_only(worked("1+2"))], TOKENIZER)
+    rows = (
+        line_rows([worked("1+2+3+4+5")], TOKENIZER),
+        line_rows([answer_only(worked("1+2"))], TOKENIZER),
+    )
     widths = [r.shape[1] for r in rows]
     assert widths == [21, 17] and {reasoning_lm.TOKENS % w for w in widths} == {0}
 
@@ -343,7 +352,8 @@ def test_the_command_trains_ships_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(reasoning_lm, "TRACED", 60)
     monkeypatch.setattr(reasoning_lm, "WIDTHS", {"teacher": 16, "student": 16})
     monkeypatch.setattr(reasoning_lm, "PLAN", [("verified", 0), ("verified", 1)])
-    monkeypatch.setattr(reasoning_lm, "accuracy", lambda model, count: {n: [True, False] for n in range(1, 7)})
+    solved = {n: [True, False] for n in range(1, 7)}
+    monkeypatch.setattr(reasoning_lm, "accuracy", lambda model, count: solved)
     monkeypatch.setattr(reasoning_lm, "teacher_traces", lambda teacher: [worked("7+5-3+8")] * 40)
     out, folder = tmp_path / "runs", tmp_path / "shipped"
     for _ in range(2):  # the second time all is there
@@ -371,7 +381,9 @@ def test_the_shipped_models_solve_what_their_logs_say():
         right = accuracy(shipped_model(name), 100)
         for length, of in right.items():
             assert sum(of) / 100 == pytest.approx(logs[name]["right"][str(length)], abs=0.15)
-    with pytest.raises(ValueError, match="no weights of 'verified-seed1' are shipped; there are answers"):
+    with pytest.raises(
+        ValueError, match="no weights of 'verified-seed1' are shipped; there are answers"
+    ):
         shipped_model("verified-seed1")
 
 
@@ -389,7 +401,10 @@ def texts(axis):
 
 def test_the_two_ways_show_the_problem_and_what_is_computed():
     with_steps, alone = one_step_or_all("7+5-3", "729").axes
-    assert texts(with_steps) == list("7+5-3") + list("729") and texts(alone) == list("7+5-3") + ["9"]
+    assert texts(with_steps) == list("7+5-3") + list("729") and texts(alone) == [
+        *list("7+5-3"),
+        "9",
+    ]
     with pytest.raises(ValueError, match="has 3 digits, and 2 steps are given"):
         one_step_or_all("7+5-3", "72")
 

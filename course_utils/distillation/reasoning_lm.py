@@ -46,7 +46,9 @@ from course_utils.distillation.traces import (
 from course_utils.files import replacing
 from course_utils.training.loop import TrainConfig, train
 
-SHIPPED = Path(__file__).parent.parent / "assets" / "reasoning"  # what `ship` wrote for the notebook
+SHIPPED = (
+    Path(__file__).parent.parent / "assets" / "reasoning"
+)  # what `ship` wrote for the notebook
 WIDTHS = {"teacher": 96, "student": 48}
 TOKENS = 714  # of a batch: 34 rows of 21 tokens with steps, 42 of 17 without
 STEPS = {"teacher": 350, "student": 1000}
@@ -114,9 +116,7 @@ def new_model(width: int, seed: int) -> GPT2LMHeadModel:
         return GPT2LMHeadModel(config)
 
 
-def solve(
-    model, problems: Sequence[str], *, temperature: float = 0.0, seed: int = 0
-) -> list[str]:
+def solve(model, problems: Sequence[str], *, temperature: float = 0.0, seed: int = 0) -> list[str]:
     """The line that `model` writes for each problem, without the beginning of text."""
     tokenizer = character_tokenizer()
     prompts = [tokenizer.bos_token + on_form(problem) for problem in problems]
@@ -281,7 +281,9 @@ def ship(out: Path, folder: Path) -> None:
 
 def shipped_logs(folder: Path = SHIPPED) -> dict[str, dict]:
     """The logs in `folder`, by the names of their runs."""
-    return {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))}
+    return {
+        path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))
+    }
 
 
 def shipped_model(name: str, folder: Path = SHIPPED) -> GPT2LMHeadModel:

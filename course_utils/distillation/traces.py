@@ -72,7 +72,10 @@ def _continue(model, inputs, max_new_tokens, temperature, draw, tokenizer) -> Te
     ended = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
     while len(written) < max_new_tokens and not ended.all():
         output = model(input_ids=inputs, past_key_values=cache, use_cache=True)
-        logits, cache = output.logits[:, -1].float(), output.past_key_values  # [prompts, vocabulary]
+        logits, cache = (
+            output.logits[:, -1].float(),
+            output.past_key_values,
+        )  # [prompts, vocabulary]
         if temperature == 0:
             inputs = logits.argmax(-1, keepdim=True)
         else:
@@ -151,7 +154,9 @@ def line_rows(lines: Sequence[str], tokenizer, *, teacher_tokenizer=None) -> Ten
         same_tokenizer(teacher_tokenizer, tokenizer)
     if not lines:
         raise ValueError("no lines to learn from: give at least one accepted trace.")
-    ids = [tokenizer(tokenizer.bos_token + line, add_special_tokens=False).input_ids for line in lines]
+    ids = [
+        tokenizer(tokenizer.bos_token + line, add_special_tokens=False).input_ids for line in lines
+    ]
     width, end = max(map(len, ids)), tokenizer.eos_token_id
     return torch.tensor([row + [end] * (width - len(row)) for row in ids])
 

@@ -12,7 +12,9 @@ def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
     problems as independent trials. Raises `ValueError` for no problems, and counts that do not fit.
     """
     if count < 1 or not 0 <= right <= count:
-        raise ValueError(f"{right} of {count} is no share: give 0 <= right <= count, and count >= 1.")
+        raise ValueError(
+            f"{right} of {count} is no share: give 0 <= right <= count, and count >= 1."
+        )
     share = right / count
     shrink = 1 + z * z / count
     middle = (share + z * z / (2 * count)) / shrink

@@ -22,7 +22,9 @@ def one_step_or_all(problem: str, steps: str) -> Figure:
     """
     refuse_above(MAX_SYMBOLS, len(problem), "symbols", "show the idea with fewer")
     if len(steps) != len(problem[::2]):
-        raise ValueError(f"{problem!r} has {len(problem[::2])} digits, and {len(steps)} steps are given")
+        raise ValueError(
+            f"{problem!r} has {len(problem[::2])} digits, and {len(steps)} steps are given"
+        )
     figure, axes = new_figure(1, 2, height=2.6)
     for axis, title in zip(axes, ("with steps", "answer alone"), strict=True):
         canvas(axis, len(problem) + 1.0, 4.2)

@@ -1,4 +1,4 @@
-"""Commands on the models that the course makes: train-lm, lm-report, dither, train-bitnet, train-reasoning."""
+"""Commands on the models that the course makes: train-lm, lm-report, dither, train-bitnet and others."""
 
 from pathlib import Path
 from typing import Annotated
