@@ -422,7 +422,10 @@ figure = solved_by_length(shares, TRAINED)
 plt.show()
 
 # %% tags=["folded"]
-# Record shares, and the errors of the paired differences.
+# Record sizes and shares.
+for name, model in (("teacher", teacher), ("student", students["verified"])):
+    size = model.num_parameters()
+    record(f"reasoning.parameters.{name}", size, "", 0, model="reasoning")
 for name, of in right.items():
     for n in lengths:
         key = f"reasoning.right.{name}.{n}"
