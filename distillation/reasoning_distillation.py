@@ -373,7 +373,7 @@ for kind in ("answers", "verified"):
     print(f"{kind}: {steps * TOKENS:,} tokens, {best:.0%} of the problems right")
 
 # %% [markdown]
-# In the profile `cpu` the student of steps is nearly done after 600 updates, and the other has learned next to nothing. (In `quick` you see 40 updates, too few for both.)
+# In the profile `cpu` the student of steps solves about half after 600 updates, and is still learning. The other solves little more than chance. (In `quick` you see 40 updates, too few for both.)
 #
 # ## What the students solve
 #
@@ -391,7 +391,7 @@ plt.show()
 # %% [markdown]
 # *Figure: wrong answers of the six students over their updates of 714 tokens each.*
 #
-# With steps the errors fall, and with verified steps they fall to nearly none. Answers and dots stay near nine wrong in ten, which is chance.
+# With steps the errors fall, and with verified steps they fall to nearly none. Dots stay near nine wrong in ten, which is chance, and answers stay close to it.
 #
 # Now evaluation problems, which no model has seen, by their number of operations. Each model takes its likeliest tokens.
 
@@ -447,7 +447,7 @@ for name, of in right.items():
 # 2. It is not the length or the computation: dots give {{reasoning.right.dots.trained:.0%}}. It is not the symbols: shuffled steps give {{reasoning.right.shuffled.trained:.0%}}.
 # 3. Wrong traces teach most of it: unfiltered {{reasoning.right.unfiltered.trained:.0%}}, and rejected ones alone, without one right answer among them, {{reasoning.right.rejected.trained:.0%}}.
 #
-# Beyond the trained lengths everybody falls to chance or below: with six operations the verified student solves {{reasoning.right.verified.6:.0%}}. The places on the form that hold the fifth and sixth operation
+# Beyond the trained lengths those with steps fall to chance or below, and the student of answers stays where it was: with six operations the verified student solves {{reasoning.right.verified.6:.0%}}. The places on the form that hold the fifth and sixth operation
 # were empty in all training. Steps do not help a network at places where it has never seen one.
 #
 # Is one operation not easy for answers too? There are only 200 such facts, but those of the evaluation are never trained on as problems. The steps of longer traces
