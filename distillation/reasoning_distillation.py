@@ -477,7 +477,7 @@ table(rows, {"solved of those seen": ".1%"})
 
 # %%
 def paired(a, b):
-    """Share that `a` solves less the share that `b` solves, over all trained lengths."""
+    """Share that `a` solves less what `b` solves, over all trained lengths."""
     d = torch.tensor([right[a][n] for n in TRAINED]).double().flatten()
     d = (
         d - torch.tensor([right[b][n] for n in TRAINED]).double().flatten()
@@ -684,7 +684,7 @@ assert all_steps_right("2-3", "29"), (
 assert not all_steps_right("7+5-3", "739"), (
     "the answer is right, the step before is not"
 )
-assert not all_steps_right("7+5-3", "529"), "the first symbol is the first digit, 7"
+assert not all_steps_right("7+5-3", "507"), "the first symbol is the first digit, 7"
 assert not all_steps_right("7+5-3", "72"), "a step is missing at the end"
 assert not all_steps_right("7+5-3", "7299"), "a symbol is too much at the end"
 print(all_steps_right("7+5-3", "729"), all_steps_right("7+5-3", "739"))
@@ -707,10 +707,10 @@ assert not all_steps_right("9+9+9+9+9+9+9", "9876544")
 
 # %% tags=["exercise"]
 def at_least_one(n, c, k):
-    """Chance that at least one of `k` traces, picked from `n` without repetition, passes.
+    """Chance that one or more of `k` traces, each of the `n` picked once, pass.
 
-    `c` of the `n` pass; 1 <= k <= n. Approach: of all ways to pick k traces, count those
-    that pick failed ones only; the chance is 1 less their share.
+    `c` of the `n` pass; 1 <= k <= n. Approach: of all ways to pick k traces, count
+    those that pick failed ones only; the chance is 1 less their share.
     Example: n = 4, c = 2, k = 2 gives 5/6.
     Hint: math.comb(a, b) is 0 where b is larger than a.
     """
@@ -746,7 +746,7 @@ assert at_least_one(6, 6, 1) == 1
 
 # %% tags=["exercise"]
 def gap_with_error(a, b):
-    """(mean, standard error) of a - b over problems; `a`, `b` are lists of True and False.
+    """(mean, standard error) of a - b over problems; both are lists of booleans.
 
     Approach: subtract problem by problem, so that each difference is -1, 0 or 1; the
     error is their standard deviation (with n - 1) over the square root of n.
