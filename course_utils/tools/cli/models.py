@@ -108,3 +108,29 @@ def train_distillation(
         runs.train_groups(out, groups or runs.GROUPS)
     except ValueError as error:
         raise CourseError(str(error)) from error
+
+
+@app.command()
+def train_reasoning(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and results.")] = Path(
+        "runs/reasoning"
+    ),
+    ship: Annotated[
+        Path | None,
+        typer.Option(help="Train nothing: write weights and logs to this folder."),
+    ] = None,
+) -> None:
+    """Train the teacher and the students of `reasoning_distillation`: about 6 minutes on one core.
+
+    Goes on where it was interrupted, and skips what is finished. Example:
+    `course train-reasoning --out runs/reasoning`.
+    """
+    from course_utils.distillation import reasoning_lm
+
+    try:
+        if ship is None:
+            reasoning_lm.train_plan(out, reasoning_lm.PLAN)
+        else:
+            reasoning_lm.ship(out, ship)
+    except ValueError as error:
+        raise CourseError(str(error)) from error
