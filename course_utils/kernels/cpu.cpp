@@ -56,8 +56,9 @@ template <int BITS, int TILE, typename F>
 inline void for_tiles(const Weight& W, int64_t row, F f) {
   const int64_t tiles_of_group = W.columns / TILE / W.groups;
   const uint8_t* bytes = W.codes + row * W.columns * BITS / 8;
+  const int64_t first = row * W.groups, end = first + W.groups;
   int64_t tile = 0;
-  for (int64_t group = row * W.groups; group < (row + 1) * W.groups; group++)
+  for (int64_t group = first; group < end; group++)
     for (int64_t i = 0; i < tiles_of_group; i++, tile++, bytes += TILE * BITS / 8)
       f(tile, bytes, group);
 }
@@ -252,21 +253,23 @@ inline void int8_row(const Weight& W, int64_t row, const Inputs& x, const float*
   constexpr int LANES = sizeof(typename Tile::Ints) / 4;
   typedef typename Vector<float, LANES>::type Floats;
   Floats sums[M] = {};
-  const int64_t tiles = W.columns / TILE;
+  const int64_t tiles = W.columns / TILE, columns = W.columns;
+  const float *of_group = W.scale, *of_tile = x.scale;
+  const int8_t* inputs = x.codes;
   for_tiles<BITS, TILE>(W, row, [&](int64_t tile, const uint8_t* bytes, int64_t group) {
     typename Tile::Ints products[M];
-    Tile::products(bytes, x.codes + tile * TILE, W.columns, products);
+    Tile::products(bytes, inputs + tile * TILE, columns, products);
     for (int i = 0; i < M; i++)
-      sums[i] += W.scale[group] * x.scale[i * tiles + tile] * __builtin_convertvector(products[i], Floats);
+      sums[i] += of_group[group] * of_tile[i * tiles + tile] * __builtin_convertvector(products[i], Floats);
   });
   for (int i = 0; i < M; i++) {
-    float sum = 0;
+    float sum = 0, less = 0;
     for (int l = 0; l < LANES; l++) sum += sums[i][l];
-    for (int64_t g = 0; g < W.groups; g++) {
-      const int64_t group = row * W.groups + g;
-      sum -= W.scale[group] * W.zero[group] * offset[i * W.groups + g];
-    }
-    y[i * W.rows + row] = sum;
+    const float *scale = W.scale + row * W.groups, *zero = W.zero + row * W.groups;
+#pragma omp simd reduction(+ : less)
+    for (int64_t group = 0; group < W.groups; group++)
+      less += scale[group] * zero[group] * offset[i * W.groups + group];
+    y[i * W.rows + row] = sum - less;
   }
 }
 
@@ -418,7 +421,7 @@ int decode(const uint8_t* codes, const float* scale, const float* zero, const fl
 // multiplied. The tables of SOME bytes (16 KB) stay in the first cache while all rows look up in them.
 void base3_product(const uint8_t* trits, const int8_t* x, int32_t* y, int64_t m, int64_t rows, int64_t bytes,
                    int threads) {
-  constexpr int64_t SOME = 32, ROWS = 256;
+  constexpr int64_t SOME = 32, ROWS = 256, AHEAD = 8;
   std::vector<int16_t> tables(bytes * 256);
   for (int64_t i = 0; i < m; i++) {
     int32_t* sums = y + i * rows;
@@ -430,9 +433,13 @@ void base3_product(const uint8_t* trits, const int8_t* x, int32_t* y, int64_t m,
       for (int64_t first = 0; first < rows; first += ROWS)
         for (int64_t b = 0; b < bytes; b += SOME)
           for (int64_t row = first; row < std::min(first + ROWS, rows); row++) {
+            const int16_t* table = &tables[b * 256];
+            const uint8_t* byte = trits + row * bytes + b;
+            const int64_t some = std::min(SOME, bytes - b);
+            // The rows lie far apart, and the processor does not guess the next one.
+            __builtin_prefetch(byte + AHEAD * bytes);
             int32_t sum = b ? sums[row] : 0;
-            for (int64_t k = b; k < std::min(b + SOME, bytes); k++)
-              sum += tables[k * 256 + trits[row * bytes + k]];
+            for (int64_t k = 0; k < some; k++, table += 256) sum += table[byte[k]];
             sums[row] = sum;
           }
     }
