@@ -399,7 +399,8 @@ for name, of in found.items():
 #
 # One pair may be luck. `course train-distillation` trained pairs with three seeds, each on 24 batches of 1,024 tokens; their logs are shipped. Learning rates come from
 # sweeps over the same three rates for both kinds, with another seed. Two controls stand beside them. **Label smoothing** gives
-# soft targets that say nothing: a tenth of the probability is spread evenly. And **fresh** students show what inheriting does. The controls have one seed.
+# soft targets that say nothing: a tenth of the probability is spread evenly. And **fresh** students show what inheriting does. The controls have one seed. For
+# fresh students the best rate was the largest that was tried, so a larger one may do better still.
 
 # %%
 from course_utils.distillation import runs
@@ -907,7 +908,7 @@ loss.backward()
 assert pupil.weight.grad is not None, "the student got no gradient"
 assert pupil.weight.grad.abs().max() > 1e-6, "the student's gradient is zero"
 assert master.weight.grad is None, "the teacher got a gradient: use torch.no_grad()"
-assert abs(loss.item() - 0.0878) > 1e-3, "that is KL(Q || P): weight by the teacher's P"
+assert abs(loss.item() - 0.1166) > 1e-3, "that is KL(Q || P): weight by the teacher's P"
 assert abs(loss.item() - 0.0331) > 1e-3, "the sum over the vocabulary, not its mean"
 assert abs(loss.item() - 0.0993) < 1e-3, "0.7 log 1.4 + 0.2 log 0.8 + 0.1 log 0.4"
 half = step_loss(pupil, master, torch.tensor([[0, 1], [1, 1]]), 1)
