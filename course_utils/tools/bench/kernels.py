@@ -31,6 +31,7 @@ from course_utils.kernels import (
     pack,
     pack_trits,
 )
+from course_utils.kernels.compiled import is_compiled
 from course_utils.plotting import new_figure
 from course_utils.quantizers.bitnet import quantize_tokens
 from course_utils.results import record, set_context
@@ -73,9 +74,15 @@ def bench_kernels(
     if bad := [m for m in tokens if m < 1] or [n for n in (rounds, threads) if n < 1]:
         raise CourseError(f"{bad[0]}: tokens, rounds and threads are 1 or more.")
     torch.set_num_threads(threads)
+    start = time.perf_counter()
+    is_compiled(torch.device("cpu"))  # the first call builds the library, or finds it in the cache
+    first = time.perf_counter() - start
     bandwidth = _bandwidth()
     set_context(profile="bench", device="cpu")
-    yield f"{threads} threads; reading float32 from memory: {bandwidth / 1e9:.1f} GB/s"
+    yield (
+        f"{threads} threads; reading float32 from memory: {bandwidth / 1e9:.1f} GB/s; "
+        f"compiled kernels ready in {first:.2f} s, once"
+    )
     ratios: dict[str, dict[str, float]] = {}
     for size in sizes:
         with ThreadPoolExecutor(threads) as pool:
