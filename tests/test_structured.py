@@ -193,7 +193,9 @@ def test_taylor_tells_what_small_changes_cost(make, kind):
     total = torch.zeros(())
     for share in units_of(block, kind):
         weight = block.get_submodule(share.layer).weight
-        total = total + (weight * torch.autograd.grad(loss, weight, retain_graph=True)[0]).abs().sum()
+        total = (
+            total + (weight * torch.autograd.grad(loss, weight, retain_graph=True)[0]).abs().sum()
+        )
     torch.testing.assert_close(found[name].sum(), total.float().detach(), rtol=1e-4, atol=1e-6)
 
 
@@ -202,7 +204,9 @@ def test_every_score_has_one_number_a_unit(make):
     model, tokens = make().eval(), some_tokens()
     for kind in ("neurons", "heads", "layers"):
         found = [magnitude(model, kind), taylor(model, kind, tokens), random_scores(model, kind, 1)]
-        found += [block_influence(model, tokens) if kind == "layers" else activation(model, kind, tokens)]
+        found += [
+            block_influence(model, tokens) if kind == "layers" else activation(model, kind, tokens)
+        ]
         for scores in found:
             expected = 1 if kind == "layers" else count_of(model, kind)
             assert {len(of_block) for of_block in scores.values()} == {expected}
@@ -280,7 +284,7 @@ def test_what_cannot_be_kept_is_refused(keep, message):
 
 
 def test_all_heads_and_all_layers_are_refused():
-    with pytest.raises(ValueError, match="all heads of transformer.h.0 would go"):
+    with pytest.raises(ValueError, match=r"all heads of transformer\.h\.0 would go"):
         keep_units(tiny_gpt2(), "heads", keep_of([], []))
     with pytest.raises(ValueError, match="all layers would go"):
         keep_layers(tiny_gpt2(), [])
@@ -307,7 +311,7 @@ def test_counts_that_do_not_fit_are_refused(count):
     ],
 )
 def test_empty_calibration_is_refused(score, shape):
-    with pytest.raises(ValueError, match="calibration .* at least one sequence"):
+    with pytest.raises(ValueError, match=r"calibration .* at least one sequence"):
         score(tiny_gpt2(), torch.zeros(shape, dtype=torch.long))
 
 

@@ -35,7 +35,7 @@ def random_scores(model: nn.Module, kind: str, seed: int) -> Scores:
 
 @torch.no_grad()
 def activation(model: nn.Module, kind: str, tokens: Tensor) -> Scores:
-    """Minitron's score (arXiv 2407.14679): how large a unit's output is on text, `tokens` `[sequences, length]`.
+    """Minitron's score (arXiv 2407.14679): how large a unit's output is on `tokens` `[sequences, length]`.
 
     |a| is averaged over a sequence, and the squares summed over sequences; the root is the score. Of a
     head |a| is the length of its part of what the output projection gets. Minitron takes batches for
@@ -78,7 +78,7 @@ def taylor(model: nn.Module, kind: str, tokens: Tensor) -> Scores:
 
 @torch.no_grad()
 def block_influence(model: nn.Module, tokens: Tensor) -> Scores:
-    """ShortGPT's Block Influence of every layer (arXiv 2403.03853): 1 - the mean cosine of what goes in and out.
+    """ShortGPT's Block Influence (arXiv 2403.03853): 1 - the mean cosine of what goes in and out of a layer.
 
     Near 0 a layer hardly turns the hidden states of `tokens` `[sequences, length]`. Minitron ranks
     layers by the same number. Raises `ValueError` for empty tokens.

@@ -27,9 +27,7 @@ _OUTSIDE = {  # embeddings, and the last norm
 def random_rotation(width: int, seed: int) -> Tensor:
     """An orthogonal matrix `[width, width]`: the Q of a QR decomposition of random numbers, float64."""
     draw = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(
-        torch.randn(width, width, generator=draw, dtype=torch.float64)
-    ).Q
+    return torch.linalg.qr(torch.randn(width, width, generator=draw, dtype=torch.float64)).Q
 
 
 @torch.no_grad()
@@ -74,7 +72,7 @@ def rotated(model: PreTrainedModel, Q: Tensor) -> PreTrainedModel:
 
 
 def _written(rows: Tensor, Q: Tensor, centred: bool) -> Tensor:
-    """Rows `[n, width]` that go into the hidden states: without their means where LayerNorm did that, times Q."""
+    """Rows `[n, width]` that go into the hidden states, times Q; without their means for LayerNorm."""
     rows = rows.double()
     if centred:
         rows = rows - rows.mean(1, keepdim=True)
