@@ -154,6 +154,7 @@ from course_utils.models.walk import blocks
 from course_utils.pruning.structured import best_units, keep_layers, keep_units
 
 dense, tokenizer = load_model("course-lm", device=profile.device)
+# %%
 total = dense.num_parameters()
 parameters = {
     part: sum(p.numel() for name, p in dense.named_parameters() if f".{key}." in name)
@@ -177,6 +178,7 @@ for _, block in blocks(silent):
 smaller = keep_units(
     silent, "neurons", {n: range(100, 1024) for n, _ in blocks(silent)}
 )
+# %%
 tokens = calibration_tokens(tokenizer, 1, 64, seed=profile.seed).to(profile.device)
 with torch.no_grad():
     apart = (silent(tokens).logits - smaller(tokens).logits).abs().max().item()
@@ -205,11 +207,13 @@ from course_utils.pruning.importance import (
     taylor,
 )
 
+# %%
 sequences = profile.pick(quick=4, cpu=8)
 calibration = calibration_tokens(tokenizer, sequences, 256, seed=profile.seed)
 draws = [profile.seed + i for i in range(3)]
 
 
+# %%
 def scores_of(kind):
     """Scores of all units by each way; random ones for three draws."""
     scores = {
@@ -227,6 +231,7 @@ def scores_of(kind):
 
 # %%
 scores = {kind: scores_of(kind) for kind in ("neurons", "heads", "layers")}
+# %%
 of_first = scores["neurons"]
 pairs = [("magnitude", "activation"), ("magnitude", "Taylor"), ("activation", "Taylor")]
 ranks = {
@@ -252,11 +257,13 @@ ways = ("magnitude", "activation", "Taylor")
 NEURONS = profile.pick(quick=(768, 512), cpu=(768, 512, 256))
 
 
+# %%
 def cut(kind, way, count):
     """course-lm with the `count` best units of each layer."""
     return keep_units(dense, kind, best_units(scores[kind][way], count))
 
 
+# %%
 def over_seeds(values):
     """Mean and standard error over seeds."""
     values = torch.tensor(values).double()
@@ -269,6 +276,7 @@ neurons = {(w, n): cut("neurons", w, n) for w in scores["neurons"] for n in NEUR
 found = {"neurons": compare_all(neurons, dense, text)}
 
 
+# %%
 def lost(kind, way, count):
     """Nats lost: errors over documents, and for random removal over draws."""
     if way != "random":
@@ -318,6 +326,9 @@ for n in NEURONS:
 HEADS = (3, 2, 1)
 heads = {(w, n): cut("heads", w, n) for w in scores["heads"] for n in HEADS}
 found["heads"] = compare_all(heads, dense, text)
+
+# %% tags=["folded"]
+# The table, with its records.
 rows = []
 for n in HEADS:
     row = {"heads kept": f"{n} of 4"}
@@ -372,6 +383,8 @@ table(rows)
 # %%
 same = {("neurons", w): cut("neurons", w, 640) for w in scores["neurons"]}
 found_same = compare_all(same, dense, text)
+
+# %%
 for way in scores["heads"]:
     found_same["heads", way] = found["heads"][way, 1]
 for way, of_way in scores["layers"].items():
@@ -383,7 +396,8 @@ made = {
     "layers": without[3],
 }
 
-# %%
+# %% tags=["folded"]
+# The table, with its records; a layer's "activation" is its similarity.
 rows = []
 titles = {
     "neurons": "384 of 1,024 neurons",
@@ -392,15 +406,14 @@ titles = {
 }
 for kind, model in made.items():
     row = {"removed": titles[kind], "parameters": total - model.num_parameters()}
-    for way in ("magnitude", "activation", "similarity", "Taylor", "random"):
+    of_text = "similarity" if kind == "layers" else "activation"
+    for way in ("magnitude", "activation", "Taylor", "random"):
         if way == "random":
             drawn = [found_same[kind, f"random {s}"].loss.value for s in draws]
             estimate = over_seeds(drawn)
-        elif (kind, way) in found_same:
-            estimate = found_same[kind, way].loss
         else:
-            row[way] = ""
-            continue
+            named = of_text if way == "activation" else way
+            estimate = found_same[kind, named].loss
         row[way] = with_error(estimate.value, estimate.error, "+")
         record_estimate(f"structured.same.{kind}.{way}".lower(), estimate, **by)
     key = f"structured.same.{kind}.parameters"
@@ -421,6 +434,7 @@ both = keep_layers(cut("neurons", "Taylor", 512), kept_layers)
 sizes = {"dense": dense, "512 neurons": neurons["Taylor", 512],
          "2 heads": heads["Taylor", 2], "3 layers": keep_layers(dense, kept_layers),
          "3 layers, 512 neurons": both}  # fmt: skip
+# %%
 passage = calibration_tokens(tokenizer, 1, 256, seed=1).to(profile.device)
 prompt = torch.tensor(tokenizer(prompt_of("course-lm")).input_ids)
 
@@ -438,7 +452,8 @@ for _ in range(4):
         timing = time_per_token(model, prompt, new_tokens=8, warmup=2)
         steps[name] += timing.milliseconds
 
-# %%
+# %% tags=["folded"]
+# Saves each model, where its config can say what it is.
 from course_utils.pruning.structured import save_plain
 
 
@@ -496,7 +511,8 @@ print("the same logits:", equal)
 #
 # SmolLM2 is a Llama with 30 layers, 1,536 neurons in each, and 9 heads in 3 groups. The profile `cpu` prunes it as well: a quarter of its neurons, one group of heads, or three layers.
 
-# %%
+# %% tags=["folded"]
+# Scores, cuts and evaluates SmolLM2, one variant after the other.
 larger = profile.models[-1].replace("q4_1", "dithered")
 rows = []
 if larger == "smollm2-135m-dithered":
@@ -538,12 +554,15 @@ seeds = [profile.seed, profile.seed + 1]
 CONFIG = TrainConfig(
     updates, 0.5e-3, warmup=2, decay=updates // 2, eval_every=max(1, updates // 6)
 )
+
+# %%
 end = tokenizer.eos_token_id
 stream = token_stream(tokenizer.backend_tokenizer, documents("factbook", "train"), end)
 TOLD = {"distilled": DistilSettings(), "fine-tuned": DistilSettings(mix=0)}
 width = profile.pick(quick=128, cpu=256)
 
 
+# %%
 def recover(model, told, seed):
     """A copy of `model` after its updates."""
     cut_text = TrainingBatches(stream, context=width, batch_size=4, seed=seed)
@@ -622,6 +641,8 @@ Q = random_rotation(8, 0).float()  # the Q of a QR decomposition
 x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 layer_norm, rms_norm = torch.nn.LayerNorm(8), torch.nn.RMSNorm(8, 1e-5)
 centred = x - x.mean(1, keepdim=True)
+
+# %%
 for name, norm, of in (("RMSNorm", rms_norm, x), ("LayerNorm", layer_norm, x)):
     apart = (norm(of @ Q) - norm(of) @ Q).abs().max().item()
     print(f"{name:10} rotated before or after, apart by {apart:.1e}")
