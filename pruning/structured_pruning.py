@@ -511,8 +511,22 @@ print("the same logits:", equal)
 #
 # SmolLM2 is a Llama with 30 layers, 1,536 neurons in each, and 9 heads in 3 groups. The profile `cpu` prunes it as well: a quarter of its neurons, one group of heads, or three layers.
 
+
 # %% tags=["folded"]
-# Scores, cuts and evaluates SmolLM2, one variant after the other.
+# One cut of SmolLM2 by scores, and by chance.
+def cut_larger(big, kind, count, score, probe):
+    """Two smaller models, by score and at random."""
+    chosen = {
+        "by score": score(big, probe) if kind == "layers" else score(big, kind, probe),
+        "random": random_scores(big, kind, profile.seed),
+    }
+    if kind == "layers":
+        return {w: keep_layers(big, best_layers(c, count)) for w, c in chosen.items()}
+    return {w: keep_units(big, kind, best_units(c, count)) for w, c in chosen.items()}
+
+
+# %% tags=["folded"]
+# Cuts and evaluates SmolLM2, one kind after the other.
 larger = profile.models[-1].replace("q4_1", "dithered")
 rows = []
 if larger == "smollm2-135m-dithered":
@@ -522,17 +536,7 @@ if larger == "smollm2-135m-dithered":
     plans = {("neurons", 1152): activation, ("heads", 2): activation,
              ("layers", 27): block_influence}  # fmt: skip
     for (kind, count), score in plans.items():
-        chosen = {
-            "by score": score(big, probe)
-            if kind == "layers"
-            else score(big, kind, probe),
-            "random": random_scores(big, kind, profile.seed),
-        }
-        smaller = {
-            way: keep_layers(big, best_layers(of_way, count)) if kind == "layers"
-            else keep_units(big, kind, best_units(of_way, count))
-            for way, of_way in chosen.items()
-        }  # fmt: skip
+        smaller = cut_larger(big, kind, count, score, probe)
         for way, c in compare_all(smaller, big, few.text(big_tokenizer)).items():
             gone = 1 - smaller[way].num_parameters() / big.num_parameters()
             rows.append({"kept": f"{count} {kind}", "way": way, "parameters": -gone,
