@@ -151,9 +151,7 @@ def test_the_joint_mode_is_the_authors(seed, n_bits):
     statistics = gathered(Hessian, x)
     method = SparseGPTQ("2:4", n_bits, "row", scale_dtype="float32")
     stored = method.quantize(W, statistics)
-    theirs, mask = authors_sparsegpt(
-        W, statistics.matrix(), prunen=2, prunem=4, n_bits=n_bits
-    )
+    theirs, mask = authors_sparsegpt(W, statistics.matrix(), prunen=2, prunem=4, n_bits=n_bits)
     assert torch.equal(stored.kept(), mask)
     full = stored.dequantize().double()
     torch.testing.assert_close(full, theirs, rtol=1e-6, atol=1e-7)

@@ -66,7 +66,7 @@ def sparsegpt(
     of dW H dW^T, H damped and dW = W - Q, where W is 0 for dead features.
 
     Raises ValueError for a Hessian of another shape, with NaN or infinity, or not positive definite when
-    damped; for a sparsity that is none, or a mask of another shape; for an m that does not divide the columns.
+    damped; for a sparsity that is none, or a mask of another shape; for an m that does not divide columns.
     """
     check_weight(weight)
     given = isinstance(sparsity, Tensor)
