@@ -380,8 +380,9 @@ table(rows)
 # With equal norms Wanda is magnitude, to the last weight, and gains nothing in the recorded run: {{one_shot.made.equal.Wanda:.2f}}. With outlier channels it leaves
 # {{one_shot.made.outlier.Wanda:.3f}} of the error. SparseGPT leaves {{one_shot.made.equal.SparseGPT:.2f}} and {{one_shot.made.outlier.SparseGPT:.3f}}.
 #
-# The four other bars take the two halves of SparseGPT apart. Its mask alone is worth {{one_shot.made.equal.SparseGPTsmaskonly:.2f}} on equal norms, and Wanda's mask
-# with SparseGPT's repair {{one_shot.made.equal.Wandasmaskrepaired:.2f}}: there the **repair** is the gain. With outliers the **mask** is: repairing magnitude's mask leaves
+# The other bars take the two halves of SparseGPT apart. On equal norms its mask alone, without repair, is worse than magnitude's, at
+# {{one_shot.made.equal.SparseGPTsmaskonly:.2f}} in the recorded run. Magnitude's mask with SparseGPT's repair leaves {{one_shot.made.equal.magnitudesmaskrepaired:.2f}}, less than SparseGPT
+# itself: there the **repair** is all of the gain. With outliers the **mask** is: repairing magnitude's mask still leaves
 # {{one_shot.made.outlier.magnitudesmaskrepaired:.2f}}.
 #
 # ## Real layers
@@ -509,8 +510,11 @@ record("one_shot.model.dense_perplexity", reference, "", 0.1, **by)
 # %% [markdown]
 # The table gives nats lost per token, ± one standard error over documents. In the recorded run, at 50%, magnitude loses {{one_shot.model.magnitude.half:.3f}}, Wanda
 # {{one_shot.model.wanda.half:.3f}} and SparseGPT {{one_shot.model.sparsegpt.half:.3f}}. At 2:4 it is {{one_shot.model.magnitude.2_4:.3f}}, {{one_shot.model.wanda.2_4:.3f}} and
-# {{one_shot.model.sparsegpt.2_4:.3f}}. There SparseGPT is ahead of Wanda by {{one_shot.model.gain_over_wanda.2_4:.3f}} ± {{one_shot.model.gain_over_wanda.2_4_error:.3f}}, and Wanda
-# of magnitude by {{one_shot.model.wanda_over_magnitude.2_4:.3f}} ± {{one_shot.model.wanda_over_magnitude.2_4_error:.3f}}.
+# {{one_shot.model.sparsegpt.2_4:.3f}}. There SparseGPT is ahead of Wanda by {{one_shot.model.gain_over_wanda.2_4:.3f}} ± {{one_shot.model.gain_over_wanda.2_4_error:.3f}}.
+#
+# **A surprise.** Wanda had the smaller error in every layer, yet the model it leaves is *worse* than magnitude's: at 2:4 it is ahead by
+# {{one_shot.model.wanda_over_magnitude.2_4:+.3f}} ± {{one_shot.model.wanda_over_magnitude.2_4_error:.3f}} nats, that is behind. The error of a layer's output is not the model's loss. It counts
+# every direction of the output alike, and is mostly that of a few large features. On a model without strong outliers this can mislead.
 #
 # Now the larger model. It is slow, so half of the weights go from its first six blocks only, of 30, with eight sequences of calibration.
 
@@ -556,7 +560,8 @@ if others:
 
 # %% [markdown]
 # In the recorded run SmolLM2 loses {{one_shot.larger.magnitude:.2f}} nats with magnitude, {{one_shot.larger.wanda:.2f}} with Wanda and {{one_shot.larger.sparsegpt:.2f}} with
-# SparseGPT, in these six blocks alone. SparseGPT is ahead of Wanda by {{one_shot.larger.gain_over_wanda:.2f}} ± {{one_shot.larger.gain_over_wanda_error:.2f}}.
+# SparseGPT, in these six blocks alone. Here, with strong outliers, both are far ahead of magnitude. SparseGPT against Wanda is {{one_shot.larger.gain_over_wanda:+.2f}} ±
+# {{one_shot.larger.gain_over_wanda_error:.2f}}: not distinguished.
 #
 # ## What the models write
 
@@ -574,7 +579,8 @@ if others:
     )
 
 # %% [markdown]
-# One prompt, always continued with the likeliest token. A model that lost little still writes sentences of the same kind.
+# One prompt, always continued with the likeliest token. At 2:4 course-lm falls into repeating itself, with Wanda and SparseGPT as well. SmolLM2, with six blocks pruned, still writes
+# sentences.
 #
 # ## Ablations: order of the blocks, and the calibration text
 #
@@ -605,7 +611,8 @@ print(f"dense inputs instead of pruned ones: {format_difference(worse)}")
 note("one_shot.blocks.off", worse, **by)
 
 # %% [markdown]
-# In the recorded run, calibrating on dense inputs instead changes the loss by {{one_shot.blocks.off:+.4f}} ± {{one_shot.blocks.off_error:.4f}} nats.
+# In the recorded run, calibrating on dense inputs instead changes the loss by {{one_shot.blocks.off:+.4f}} ± {{one_shot.blocks.off_error:.4f}} nats. With four
+# blocks that is not distinguished from nothing.
 #
 # **Calibration control.** Does the text matter, or would any tokens do? We prune with tokens drawn at random.
 
@@ -626,8 +633,7 @@ table(rows)
 
 # %% [markdown]
 # In the recorded run random tokens cost SparseGPT {{one_shot.calibration.sparsegpt.random:+.3f}} ± {{one_shot.calibration.sparsegpt.random_error:.3f}} nats, and Wanda
-# {{one_shot.calibration.wanda.random:+.3f}} ± {{one_shot.calibration.wanda.random_error:.3f}}. Wanda reads one number a feature from the text, SparseGPT all their products: it has more to learn, and
-# more to learn wrongly.
+# {{one_shot.calibration.wanda.random:+.3f}} ± {{one_shot.calibration.wanda.random_error:.3f}}. So the text matters for both. But even on noise SparseGPT stays ahead of Wanda on text.
 #
 # ## Pruned and quantized
 #
@@ -664,7 +670,7 @@ table(rows)
 # %% [markdown]
 # All three remove half and store 4 bits, in the same number of bytes. In the recorded run prune first loses {{one_shot.order.prune_first_more:+.4f}} ±
 # {{one_shot.order.prune_first_more_error:.4f}} nats more than joint, and quantize first {{one_shot.order.quantize_first_more:+.3f}} ±
-# {{one_shot.order.quantize_first_more_error:.3f}}.
+# {{one_shot.order.quantize_first_more_error:.3f}}. The first two are not distinguished; the third repairs nothing, and about doubles the loss.
 #
 # ## At equal bytes: sparse or dense?
 #
@@ -773,10 +779,13 @@ for key, c in of_equal.items():
 # %% [markdown]
 # *Figure: nats lost against measured bits per weight, dense codes and sparse ones of 2, 3 and 4 bits. Bars are two standard errors over documents.*
 #
-# In the recorded run, at {{one_shot.equal.dense.3_bits:.2f}} bits a weight, half of the weights at 4 bits lose {{one_shot.equal.3.sparse_4_more:+.4f}} ±
-# {{one_shot.equal.3.sparse_4_more_error:.4f}} nats more than all of them at 3. At {{one_shot.equal.dense.2_bits:.2f}} bits, sparse codes of 4, 3 and 2 bits lose
-# {{one_shot.equal.2.sparse_4_more:+.2f}} ± {{one_shot.equal.2.sparse_4_more_error:.2f}}, {{one_shot.equal.2.sparse_3_more:+.2f}} ± {{one_shot.equal.2.sparse_3_more_error:.2f}} and
-# {{one_shot.equal.2.sparse_2_more:+.2f}} ± {{one_shot.equal.2.sparse_2_more_error:.2f}} more than dense 2 bits.
+# In the recorded run, at {{one_shot.equal.dense.3_bits:.2f}} bits a weight, half of the weights at 4 bits lose {{one_shot.equal.3.sparse_4_more:+.3f}} ±
+# {{one_shot.equal.3.sparse_4_more_error:.3f}} nats more than all of them at 3: dense is better here. At {{one_shot.equal.dense.2_bits:.2f}} bits it turns. Half of the weights at 2 bits lose
+# {{one_shot.equal.2.sparse_2_more:+.3f}} ± {{one_shot.equal.2.sparse_2_more_error:.3f}} against dense 2 bits, and a third of them at 3 bits {{one_shot.equal.2.sparse_3_more:+.3f}} ±
+# {{one_shot.equal.2.sparse_3_more_error:.3f}}: both lose less. A quarter at 4 bits loses {{one_shot.equal.2.sparse_4_more:+.2f}} ± {{one_shot.equal.2.sparse_4_more_error:.2f}}.
+#
+# Why can half of the weights at 2 bits beat all of them at 2, in the same bytes? Dense GPTQ stores zero points and scales with float grids found on the way, and the sparse codes
+# spend the mask's bit on an exact zero, which is the value that most weights want. Mask and code together are a grid of five values whose zero is always on it.
 
 # %%
 speaking = {
@@ -787,25 +796,26 @@ speaking = {
 print(continuations(speaking, tokenizer, prompt, new_tokens=24))
 
 # %% [markdown]
-# All but the first take the same bytes.
+# All but the first take the same bytes, and both write words that do not exist.
 #
 # ## What you saw
 #
-# All numbers are from the recorded run.
+# All numbers are those in the recorded run.
 #
-# - **Inputs decide which weights matter.** With outlier channels Wanda leaves {{one_shot.made.outlier.Wanda:.3f}} of magnitude's error; with equal norms it is magnitude. SmolLM2 at
-#   50% lost {{one_shot.larger.magnitude:.2f}} nats by magnitude and {{one_shot.larger.wanda:.2f}} by Wanda.
-# - **SparseGPT is GPTQ's loop with zeros.** Its repair left {{one_shot.made.equal.SparseGPT:.2f}} of the error where the mask alone could do little.
+# - **Inputs decide which weights matter**, where channels differ. With outlier channels Wanda left {{one_shot.made.outlier.Wanda:.3f}} of magnitude's error; with equal norms it is magnitude.
+#   Six blocks of SmolLM2 lost {{one_shot.larger.magnitude:.2f}} nats by magnitude and {{one_shot.larger.wanda:.2f}} by Wanda. On course-lm Wanda was behind magnitude.
+# - **SparseGPT is GPTQ's loop with zeros.** On equal norms its repair was all of the gain, and with outliers its mask was most of it.
 # - **The tighter the pattern, the more repair is worth.** On course-lm SparseGPT was ahead of Wanda by {{one_shot.model.gain_over_wanda.half:.3f}} ±
 #   {{one_shot.model.gain_over_wanda.half_error:.3f}} nats at 50% and by {{one_shot.model.gain_over_wanda.2_4:.3f}} ± {{one_shot.model.gain_over_wanda.2_4_error:.3f}} at 2:4.
 # - **Quantize last, or at the same time.** Quantizing first cost {{one_shot.order.quantize_first_more:.3f}} ± {{one_shot.order.quantize_first_more_error:.3f}} nats more than joint at 4 bits.
-# - **Count the mask.** Half of the weights at 4 bits take the bytes of dense 3 bits, and lost {{one_shot.equal.3.sparse_4_more:+.4f}} ±
-#   {{one_shot.equal.3.sparse_4_more_error:.4f}} nats more.
+# - **Count the mask.** Half of the weights at 4 bits take the bytes of dense 3 bits, and lost {{one_shot.equal.3.sparse_4_more:+.3f}} ±
+#   {{one_shot.equal.3.sparse_4_more_error:.3f}} nats more. At the bytes of dense 2 bits, half of the weights at 2 bits lost {{one_shot.equal.2.sparse_2_more:+.3f}} ±
+#   {{one_shot.equal.2.sparse_2_more_error:.3f}}: less.
 #
 # ## Limits
 #
 # - course-lm is tiny. The paper's comparison of 50% at 4 bits with 3 bits is on models up to 175 billion parameters [@frantar2023sparsegpt], and large models have more to spare.
-# - SmolLM2 got 2,048 tokens of calibration, where the papers take 128 sequences of 2,048, and only 50% was tried on it. The equal bytes were compared on course-lm only.
+# - SmolLM2 got 2,048 tokens of calibration, where the papers take 128 sequences of 2,048, and only six of its blocks were pruned. The equal bytes were compared on course-lm only.
 # - A bitmask is the plainest way to say where weights are. Entropy coding gains nothing at 50%, and some bits at 75%.
 # - Nothing here is faster: `pruning_demo` measures times, and what became of 2:4.
 #
