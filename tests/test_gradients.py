@@ -18,11 +18,12 @@ SETTINGS = {  # beside the defaults: all that treats inputs otherwise, and width
     "llm_int8": [{}, {"threshold": 0.0}, {"outlier_weights": "original"}],
     "magnitude": [{}, {"sparsity": "2:4"}],
     "smoothquant": [{}, {"inputs": "static"}],
+    "sparse_gptq": [{"group_size": 32}],
     "sparsegpt": [{}, {"sparsity": "2:4"}],
     "wanda": [{}, {"sparsity": "2:4"}],
 }  # fmt: skip
 # of the decoded and the float weight; three values are coarse, and so is half of the weights
-COSINE = {"bitnet": 0.85, "magnitude": 0.9, "sparsegpt": 0.8, "wanda": 0.9}
+COSINE = {"bitnet": 0.85, "magnitude": 0.9, "sparse_gptq": 0.8, "sparsegpt": 0.8, "wanda": 0.9}
 METHODS = [(name, given) for name in method_names() for given in SETTINGS.get(name, [{}])]
 EACH = pytest.mark.parametrize(("name", "given"), METHODS, ids=str)
 

@@ -35,7 +35,7 @@ class BitmaskWeight(QuantizedWeight):
     @classmethod
     def from_mask(cls, weight: Tensor, mask: Tensor, dtype: ValueDtype) -> "BitmaskWeight":
         """Store of `weight` `[out, in]` what `mask` (bool, the same shape) keeps."""
-        _check_mask(weight, mask)
+        check_mask(weight, mask)
         values = stored_values(weight[mask], dtype)
         return cls(pack(mask.to(torch.uint8), 1), values, weight.shape[1])
 
@@ -67,7 +67,7 @@ class TwoFourWeight(QuantizedWeight):
 
         Raises ValueError for a mask that keeps more or fewer of some four neighbours.
         """
-        _check_mask(weight, mask)
+        check_mask(weight, mask)
         out, columns = weight.shape
         if columns % 4:
             raise ValueError(
@@ -120,7 +120,7 @@ class CsrWeight(QuantizedWeight):
 
         Indices are int16 where the columns can be counted so (at most 32,768 of them), else int32.
         """
-        _check_mask(weight, mask)
+        check_mask(weight, mask)
         starts = torch.zeros(len(mask) + 1, dtype=torch.int32, device=mask.device)
         starts[1:] = mask.sum(1).cumsum(0)
         index_dtype = torch.int16 if mask.shape[1] <= 2**15 else torch.int32
@@ -185,7 +185,8 @@ def csr_bytes(rows: int, kept: int, value_bytes: int = 2, index_bytes: int = 4) 
     return kept * (value_bytes + index_bytes) + (rows + 1) * index_bytes
 
 
-def _check_mask(weight: Tensor, mask: Tensor) -> None:
+def check_mask(weight: Tensor, mask: Tensor) -> None:
+    """Refuse a mask that is not bool, or not in the shape of `weight`."""
     if mask.dtype != torch.bool or mask.shape != weight.shape:
         raise ValueError(
             f"the mask of a weight {tuple(weight.shape)} is bool in the same shape, got {mask.dtype} "

@@ -4,10 +4,12 @@ Frantar and Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately
 arXiv 2301.00774, algorithm 1: GPTQ's column loop, in which a weight becomes zero or stays, instead of
 becoming a code. What the paper leaves open follows the authors' code (github.com/IST-DASLab/sparsegpt),
 but for the count: their comparison with a threshold removes a weight more than asked from each block, and
-one at sparsity 0. Here `n_zeros` of the layer's weights go, exactly. Left out: quantizing the weights that
-stay in the same pass.
+one at sparsity 0. Here `n_zeros` of the layer's weights go, exactly. Built step by step in
+`pruning/one_shot_pruning`. The paper's joint mode, which rounds the weights that stay in the same pass, is
+`to_grid` here and the method `quantizers/sparse_gptq`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -26,7 +28,10 @@ from course_utils.pruning.masks import (
     n_zeros,
     without_lowest,
 )
-from course_utils.pruning.sparse import BitmaskWeight, TwoFourWeight
+from course_utils.pruning.sparse import BitmaskWeight, TwoFourWeight, check_mask
+
+# (column, its weights [out, 1]) -> what they become where they stay, [out, 1]
+ToGrid = Callable[[int, Tensor], Tensor]
 
 
 class Pruned(NamedTuple):
@@ -34,34 +39,41 @@ class Pruned(NamedTuple):
 
     weight: Tensor  # [out, in] in the Hessian's dtype, zero where the mask is False
     mask: Tensor  # bool [out, in], True where a weight stays
-    losses: Tensor  # [out, in]: what each removal adds to the objective
+    losses: Tensor  # [out, in]: what each removal, or rounding, adds to the objective
 
 
 @torch.no_grad()
 def sparsegpt(
     weight: Tensor,
     hessian: Tensor,
-    sparsity: float | str,
+    sparsity: float | str | Tensor,
     *,
     damping: float = 0.01,
     block_size: int = 128,
+    to_grid: ToGrid | None = None,
 ) -> Pruned:
     """Prune `weight` `[out, in]` under `hessian` `[in, in]` of its inputs. Algorithm 1.
 
     A share of the weights goes block by block: at the first column of each `block_size` the lowest
     w^2 / U_jj^2 of the block, over all rows. So rows may lose more or fewer. For a pattern "n:m" the same
-    is decided at every m-th column, in each row, by the weights as they are at that moment. All is
-    computed in the dtype of `hessian`; the authors take float32, `SparseGPT` float64.
+    is decided at every m-th column, in each row, by the weights as they are at that moment. A `sparsity`
+    that is a mask (bool `[out, in]`, True where a weight stays) was decided before: only errors move.
+    `to_grid` rounds the weights of a column that stay, and the columns behind make up for that as well. All
+    is computed in the dtype of `hessian`; the authors take float32, `SparseGPT` float64.
 
     An input feature that was always zero loses its weights, as in the authors' code, and has 1 on the
-    Hessian's diagonal. The losses, (w / U_kk)^2 / 2 of each removed w, sum up to half the trace of
-    dW H dW^T, H damped and dW = W - Q, where W is 0 for dead features.
+    Hessian's diagonal. The losses, ((w - q) / U_kk)^2 / 2 of each w that becomes q, sum up to half the trace
+    of dW H dW^T, H damped and dW = W - Q, where W is 0 for dead features.
 
     Raises ValueError for a Hessian of another shape, with NaN or infinity, or not positive definite when
-    damped; for a sparsity that is none; for an m that does not divide the columns.
+    damped; for a sparsity that is none, or a mask of another shape; for an m that does not divide columns.
     """
     check_weight(weight)
-    check_setting(sparsity)
+    given = isinstance(sparsity, Tensor)
+    if given:
+        check_mask(weight, sparsity)
+    else:
+        check_setting(sparsity)
     out, columns = weight.shape
     check_hessian(hessian, columns)
     H = hessian.clone()
@@ -71,7 +83,8 @@ def sparsegpt(
     W = weight.T.to(H.dtype, copy=True, memory_format=torch.contiguous_format).T
     W[:, dead] = 0
     U = inverse_factor(H, damping)
-    Q, mask = torch.empty_like(W), torch.empty_like(W, dtype=torch.bool)
+    Q = torch.empty_like(W)
+    mask = sparsity.clone() if given else torch.empty_like(W, dtype=torch.bool)
 
     def scores(i: int, stop: int, pending: Tensor) -> Tensor:
         """w^2 / U_jj^2 of the columns from i on, as the columns before have left them."""
@@ -95,9 +108,10 @@ def sparsegpt(
 
     def keep_or_zero(i: int, w: Tensor, pending: Tensor) -> Tensor:
         """Column i, `w` `[out, 1]`, with zeros where its step's mask has them."""
-        if i % step == 0:
+        if i % step == 0 and not given:
             mask[:, i : i + step] = choose(i, pending)
-        q = w.where(mask[:, i : i + 1], 0)
+        kept = w if to_grid is None else to_grid(i, w)
+        q = kept.where(mask[:, i : i + 1], 0)
         Q[:, i : i + 1] = q
         return q
 
