@@ -1,0 +1,719 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown] tags=["badge"]
+# # Feature distillation: what the teacher computes on its way
+#
+# *Large Model Quantization: a deep dive. Distillation 2 of 3.*
+
+# %% [markdown]
+# When you have worked through this notebook you will be able to
+#
+# - compare hidden states and attention of two networks, by the losses of FitNets, DistilBERT, TinyBERT and MiniLM;
+# - map a student's layers to a teacher's, and give a narrower student the projection that it needs;
+# - say what each of these losses adds to the soft targets, and what of it a wrong map or a teacher that knows nothing adds as well;
+# - see how alike two networks' representations are, before and after, by linear CKA.
+#
+# It takes about 50 minutes to read and work. You need `distillation_demo`: soft targets, and why a student is compared with one that had none.
+# No profile needs a GPU; `quick` runs in under a minute, `cpu` in about three. In both you train students of your own.
+
+# %% tags=["setup"]
+
+# %%
+import copy
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+import transformers
+from course_utils.data.batches import TrainingBatches, token_stream
+from course_utils.data.corpora import documents
+from course_utils.evaluation import (
+    Estimate,
+    compare_all,
+    continuations,
+    difference,
+    format_difference,
+    prompt_of,
+)
+from course_utils.models import load_model
+from course_utils.plotting import table, ternary
+from course_utils.plotting.features import matched_layers, similarity_maps
+from course_utils.profiles import resolve
+from course_utils.results import record
+from course_utils.training.loop import TrainConfig
+
+# %% tags=["parameters"]
+PROFILE = "auto"  # auto, quick, cpu, colab, gpu
+MODEL = "auto"  # not used: the teacher is course-lm
+SEED = 0
+
+# %%
+profile = resolve(PROFILE, MODEL, SEED)
+print(profile)
+print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+
+# %% [markdown]
+# ## The question
+#
+# A student that learns from its teacher's probabilities sees the last step only. The teacher also computed something in each block on the way: **hidden
+# states**, one vector a token, and **attention**, which token looks at which. **Feature distillation** asks the student to compute the same.
+#
+# Is that worth it? Soft targets work already. So every student here learns from soft targets, and features are *added*. What they add is the difference to the
+# same student, with the same text and updates, that had soft targets alone. Two controls stand beside it: features from the wrong layers, and features of a teacher that never learned anything.
+#
+# ## What can be compared
+#
+# The teacher is `course-lm`, four blocks of width 256. The student has two blocks. It begins with the teacher's blocks 1 and 3.
+
+# %%
+figure = matched_layers()
+plt.show()
+
+# %% [markdown]
+# *Figure: teacher and student. Dashed lines are losses: attention inside a block (orange), hidden states that leave it (red), probabilities at the end (grey).*
+#
+# With fewer blocks one needs a **layer map**. TinyBERT's is uniform: block $m$ of the student learns from block $g(m) = m \cdot N / M$, of $N$ teacher and $M$ student blocks
+# [@jiao2019tinybert]. So the last blocks meet, and each student block does the work of two.
+#
+# Four methods, four choices:
+#
+# | method | compares | by |
+# | --- | --- | --- |
+# | FitNets [@romero2014fitnets] | one middle layer, through a *regressor* | squared differences |
+# | DistilBERT [@sanh2019distilbert] | the last hidden state | cosine |
+# | TinyBERT [@jiao2019tinybert] | hidden states and attention scores of all mapped blocks | squared differences |
+# | MiniLM [@wang2020minilm] | attention and values' relations of the last block | KL divergence |
+#
+# ## Hidden states, by hand
+#
+# Two tokens of width 2. The student's first vector points as the teacher's and is half as long. Its second is as long, and at a right angle.
+
+# %% tags=["nbval-check-output"]
+H = torch.tensor([[3.0, 4.0], [0.0, 1.0]])  # student [tokens, width]
+G = torch.tensor([[6.0, 8.0], [1.0, 0.0]])  # teacher
+squares = (H - G) ** 2
+cosines = (H * G).sum(-1) / (H.norm(dim=-1) * G.norm(dim=-1))
+print("squared differences:", squares.tolist(), "mean", squares.mean().item())
+print("1 - cosine of each: ", (1 - cosines).tolist())
+
+# %% [markdown]
+# Squared differences blame the first token most, the cosine only the second. So squared differences (**MSE**) ask for the same vector, and cosine for the same direction.
+# FitNets' loss is half of the *sum* over the width: the same as MSE, times half of the width. Such factors are why weights of one paper mean nothing in another.
+#
+# ## Attention, by hand
+#
+# A query looks at keys: scores are $q k^\top / \sqrt{d}$, and the softmax of a row says how much of each value it takes. TinyBERT compares scores *before* the
+# softmax. Take one row of scores, and the same with 5 added.
+
+# %% tags=["nbval-check-output"]
+row = torch.tensor([1.0, 2.0, 0.5])
+moved = row + 5
+print("softmax:", [round(p, 3) for p in row.softmax(-1).tolist()])
+print("moved:  ", [round(p, 3) for p in moved.softmax(-1).tolist()])
+print("MSE of the scores:", F.mse_loss(moved, row).item())
+
+# %% [markdown]
+# The attention is the same, and the loss is 25. A loss of scores also asks for what the softmax forgets. MiniLM compares *after* the softmax, by the KL divergence of each row. It adds
+# a second matrix: the products of all pairs of **values**, $\mathrm{softmax}(v v^\top / \sqrt{d})$, which say what tokens would hand on. Both are `[tokens, tokens]`, whatever the width.
+#
+# Our models are causal, so only pairs are compared whose key is not after its query. (MiniLM's were mostly not causal; the mask in the relation of values is ours.)
+
+# %%
+from course_utils.distillation.features import (
+    attention_mse,
+    cosine_loss,
+    hidden_mse,
+    relation_kl,
+)
+
+draw = torch.Generator().manual_seed(profile.seed)
+h, g = torch.randn(2, 50, 16, generator=draw)
+a, b = torch.randn(2, 4, 9, 9, generator=draw)  # scores [heads, query, key]
+seen = torch.ones(9, 9, dtype=torch.bool).tril()
+
+# %%
+by_torch = torch.nn.CosineEmbeddingLoss()(h, g, torch.ones(50))
+torch.testing.assert_close(cosine_loss(h, g), by_torch)
+torch.testing.assert_close(hidden_mse(h, g), F.mse_loss(h, g))
+torch.testing.assert_close(attention_mse(a, b), F.mse_loss(a[:, seen], b[:, seen]))
+log_q, log_p = (s.masked_fill(~seen, -1e9).log_softmax(-1) for s in (a, b))
+rows = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+torch.testing.assert_close(relation_kl(a, b), rows.mean())
+print("the package's losses are those of PyTorch")
+
+# %% [markdown]
+# ## A real pass
+#
+# `run_with_features` catches hidden states and queries, keys, values of every block, by hooks. Hidden state 0 are the embeddings, and state $m$ leaves block $m$. We check it against `transformers`.
+
+# %%
+from course_utils.distillation.features import run_with_features
+from course_utils.distillation.students import half_depth
+
+teacher, tokenizer = load_model("course-lm", device=profile.device)
+student = half_depth(teacher).to(profile.device)
+text = profile.protocol(teacher).text(tokenizer)
+windows = text.tokens[: 4 * text.window].view(4, text.window).to(profile.device)
+
+# %%
+with torch.no_grad():
+    output = teacher(input_ids=windows, output_hidden_states=True)
+    logits, theirs = run_with_features(teacher, windows)
+    _, ours = run_with_features(student, windows)
+for m in range(4):
+    torch.testing.assert_close(theirs.hidden[m], output.hidden_states[m])
+print("teacher's hidden states:", len(theirs.hidden), tuple(theirs.hidden[4].shape))
+print("attention scores of block 4:", tuple(theirs.scores(4).shape))
+
+# %% [markdown]
+# The states are those of `transformers`. (Its last one comes after the model's last norm, ours before it.)
+#
+# A student is told the features by a `FeatureLoss`: a kind, and pairs of layers.
+
+# %%
+from course_utils.distillation.features import FeatureLoss, layer_map
+
+uniform = layer_map(2, 4)
+losses = {
+    "hidden (MSE)": FeatureLoss("hidden", uniform),
+    "cosine": FeatureLoss("cosine", ((2, 4),)),
+    "attention (MSE)": FeatureLoss("attention", uniform),
+    "relations (KL)": FeatureLoss("relations", ((2, 4),)),
+}
+print("student's block, teacher's block:", uniform)
+
+# %% [markdown]
+# ## How heavy is a feature?
+#
+# These losses have no common unit, and a weight has to be chosen for each. Tuning them all would be a study of its own, and tuning one alone would be unfair. So one rule for all: on the first batch, before any update, a feature's gradient is **as long as that of the soft
+# targets**.
+
+# %%
+from course_utils.distillation.features import feature_loss, gradient_norm
+from course_utils.distillation.losses import soft_target_loss
+
+z, ours_now = run_with_features(student, windows)
+soft = soft_target_loss(z, logits, 1)
+rows = [{"loss": "soft targets", "value": soft.item()}]
+rows[0]["gradient"] = gradient_norm(soft, student)
+
+# %%
+for name, loss in losses.items():
+    value = loss(ours_now, theirs)
+    row = {"loss": name, "value": value.item()}
+    row["gradient"] = gradient_norm(value, student)
+    row["weight"] = rows[0]["gradient"] / row["gradient"]
+    rows.append(row)
+table(rows, {"value": ".3f", "gradient": ".2f", "weight": ".3f"})
+
+# %% tags=["folded"]
+# Record the gradients.
+by = {"model": "course-lm-half"}
+for key, row in zip(
+    ("soft", "hidden", "cosine", "attention", "relations"), rows, strict=True
+):
+    record(f"features.start.{key}.value", row["value"], "", 0.2, **by)
+    record(f"features.start.{key}.gradient", row["gradient"], "", 2, **by)
+
+# %% [markdown]
+# In the recorded run the attention scores' gradient is {{features.start.attention.gradient:.1f}} long, that of the cosine {{features.start.cosine.gradient:.2f}}, and that of the soft targets {{features.start.soft.gradient:.2f}}. With
+# a weight of 1 for each, the scores would drown all else, and the cosine would hardly be heard.
+#
+# ## Another width
+#
+# A student of half the width has vectors of 128 numbers, and no difference to 256 numbers is defined. FitNets' regressor and TinyBERT's $W_h$ are a learned linear map. It is trained with the student, and thrown away
+# after.
+
+# %%
+from course_utils.distillation.features import add_projection, drop_projection
+from course_utils.distillation.students import half_width
+
+narrow = half_width(teacher, seed=profile.seed).to(profile.device)
+parameters = narrow.num_parameters()
+_, of_narrow = run_with_features(narrow, windows)
+told = FeatureLoss("hidden", ((4, 4),))
+try:
+    told(of_narrow, theirs)
+except ValueError as error:
+    print(error)
+
+# %%
+projection = add_projection(narrow, teacher, profile.seed)  # [256, 128]
+loss = feature_loss([told], narrow, of_narrow, theirs, windows)
+relations = FeatureLoss("relations", ((4, 4),))(of_narrow, theirs)
+print(f"hidden states, projected: {loss:.3f}; relations: {relations:.3f}")
+drop_projection(narrow)
+print(f"{parameters:,} parameters, as before: {narrow.num_parameters() == parameters}")
+
+# %% [markdown]
+# Relations need no map. They need as many heads, and ours has four narrower ones. Next, students of your own.
+#
+# ## Your own students
+#
+# Three students begin alike and see the same batches. One learns from soft targets alone. The others are told hidden states, or relations, as well. `distil` is the trainer of `distillation_demo`, and takes `features`.
+
+# %%
+from course_utils.distillation.trainer import DistilSettings, distil
+
+stream = token_stream(
+    tokenizer.backend_tokenizer,
+    documents("factbook", "train")[::3],
+    tokenizer.eos_token_id,
+)
+draws = TrainingBatches(stream, context=256, batch_size=4, seed=profile.seed)
+
+# %%
+updates = profile.pick(quick=6, cpu=24)
+config = TrainConfig(
+    updates, 5e-4, warmup=2, decay=updates // 2, eval_every=updates // 3
+)
+weights = {row["loss"]: row.get("weight") for row in rows}
+print(f"{updates} updates of 4 times 256 tokens, of {len(stream):,}")
+
+
+# %%
+def weighted(name):
+    """The loss of the table above, as heavy as the soft targets."""
+    return FeatureLoss(losses[name].kind, losses[name].layers, weights[name])
+
+
+arms = {"soft targets": []}
+arms |= {f"+ {n}": [weighted(n)] for n in ("hidden (MSE)", "relations (KL)")}
+
+# %%
+own = {}
+for name, features in arms.items():
+    own[name] = copy.deepcopy(student)
+    curve = distil(
+        own[name],
+        teacher,
+        lambda step: draws(step).to(profile.device),
+        DistilSettings(),
+        config,
+        features=features,
+    )
+    print(f"{name:18}", [round(part["loss"], 3) for part in curve])
+
+# %% [markdown]
+# These sums hold different terms, and cannot be compared with each other. What can be compared is what all of them are for: predicting text. Differences are paired token by token, on
+# text of other countries; ± is one standard error over documents.
+
+# %%
+found = compare_all({"not trained": student} | own, teacher, text)
+base, gains = found["soft targets"], {}
+rows = []
+for name, of in found.items():
+    row = {"student": name, "nats lost": format_difference(of.loss)}
+    row |= {"KL divergence": of.divergence.value, "won over soft targets": ""}
+    if name.startswith("+"):
+        gains[name] = difference(base, of)
+        row["won over soft targets"] = format_difference(gains[name])
+    rows.append(row)
+table(rows, {"KL divergence": ".3f"})
+
+
+# %% tags=["folded"]
+# Record your own students.
+def record_estimate(key, estimate, tolerance, **by):
+    """Value under `key`, standard error under `key` with _error."""
+    record(key, estimate.value, "nats", tolerance, **by)
+    record(f"{key}_error", estimate.error, "nats", tolerance, **by)
+
+
+by_own = by | {"updates": updates, **profile.protocol(teacher).fields}
+short = dict(zip(found, ("start", "soft", "hidden", "relations"), strict=True))
+for name, of in found.items():
+    record_estimate(f"features.own.{short[name]}.loss", of.loss, 0.05, **by_own)
+    if name in gains:
+        record_estimate(f"features.own.{short[name]}.won", gains[name], 0.05, **by_own)
+
+# %% [markdown]
+# OWN
+#
+# ## Representations, seen
+#
+# Did the students come to compute the same? Vectors of two networks cannot be subtracted: a rotation of all of them changes nothing for a network that is rotated along. **Linear CKA** compares instead which *tokens* are alike in
+# one network and in the other [@kornblith2019similarity]. With $X$ `[tokens, p]` and $Y$ `[tokens, q]`, columns centred:
+#
+# $$ \mathrm{CKA}(X, Y) = \frac{\lVert Y^\top X \rVert_F^2}{\lVert X^\top X \rVert_F \, \lVert Y^\top Y \rVert_F} $$
+#
+# A rotated or scaled copy has 1.
+
+# %%
+from course_utils.distillation.similarity import cka_map, linear_cka
+
+x = torch.randn(500, 6, generator=draw)
+rotation, _ = torch.linalg.qr(torch.randn(6, 6, generator=draw))
+print(f"rotated and three times as long: {linear_cka(x, 3 * x @ rotation):.3f}")
+print(f"unrelated: {linear_cka(x, torch.randn(500, 6, generator=draw)):.3f}")
+
+
+# %%
+def map_of(model):
+    """CKA of the teacher's hidden states with a model's, first tokens left out."""
+    with torch.no_grad():
+        _, of_model = run_with_features(model, windows)
+    sides = ([h[:, 1:] for h in side.hidden] for side in (theirs, of_model))
+    return cka_map(*sides)
+
+
+maps = {"not trained": map_of(student)}
+maps |= {name: map_of(model) for name, model in own.items()}
+figure = similarity_maps(maps)
+plt.show()
+
+# %% tags=["folded"]
+# Record the corners of the maps.
+for name, of_model in maps.items():
+    for m, n in uniform:
+        value = of_model[n, m].item()
+        record(f"features.cka.{short[name]}.{m}", value, "", 0.05, **by_own)
+
+# %% [markdown]
+# *Figure: linear CKA of the teacher's hidden states 0 to 4 and the student's 0 to 2, on 1,020 tokens. The first token of a window is left out: its vectors are far longer than the others, and linear CKA would see little else [@davari2022cka].*
+#
+# CKA
+#
+# ## Each loss alone
+#
+# One run of each proves little. `course train-distillation features` trained a student for each loss, on 24 batches of 1,024 tokens, with the learning rate that was best for soft targets. Their logs are shipped. Each loss weighs as above. "Upside down" maps the student's block 1 to the teacher's 4 and its 2 to 1. The "random teacher" has fresh
+# weights; soft targets come from the true one.
+
+# %%
+from course_utils.distillation import runs
+
+logs = runs.shipped_logs().values()
+
+
+def of_arm(arm, start="inherited"):
+    """Logs of a kind, ordered by seed; not those of the sweeps."""
+    kind = {"arm": arm, "start": start, "tokens": runs.TOKENS, "lr": None}
+    chosen = [log for log in logs if kind.items() <= log["run"].items()]
+    return sorted(chosen, key=lambda log: log["run"]["seed"])
+
+
+# %%
+names = {
+    "soft": "soft targets alone",
+    "hidden": "+ hidden states (MSE)",
+    "cosine": "+ last hidden state (cosine)",
+    "attention": "+ attention scores (MSE)",
+    "relations": "+ relations (MiniLM)",
+    "tinybert": "+ hidden and attention (TinyBERT)",
+    "upside-down": "+ hidden, upside down",
+    "random-teacher": "+ hidden, random teacher",
+}
+base = of_arm("soft")[0]
+won = {arm: runs.paired(base, of_arm(arm)[0]) for arm in names if arm != "soft"}
+
+# %%
+figure = ternary.estimates(
+    {names[arm]: (e.value, e.error) for arm, e in won.items()},
+    "nats won over soft targets alone (bars: 2 standard errors over documents)",
+)
+plt.show()
+
+# %%
+rows = []
+for arm, name in names.items():
+    [log, *_] = of_arm(arm)
+    row = {"student, seed 0": name, "nats lost": log["less_teacher"][0]}
+    row["KL divergence"] = log["divergence"][0]
+    row["won over soft targets"] = format_difference(won[arm]) if arm in won else ""
+    rows.append(row | {"CPU seconds": log["cpu_seconds"]})
+table(rows, {"nats lost": ".3f", "KL divergence": ".3f", "CPU seconds": ".0f"})
+
+# %% tags=["folded"]
+# Record the ablation.
+by_runs = {"model": "course-lm-half", "tokens": runs.TOKENS}
+nothing = Estimate(0.0, 0.0, 15, "documents")
+for arm, row in zip(names, rows, strict=True):
+    stem = f"features.runs.{arm.replace('-', '_')}"
+    record(f"{stem}.loss", row["nats lost"], "nats", 1e-6, **by_runs)
+    record(f"{stem}.divergence", row["KL divergence"], "nats", 1e-6, **by_runs)
+    record_estimate(f"{stem}.won", won.get(arm, nothing), 1e-6, **by_runs)
+    record(f"{stem}.cpu_seconds", row["CPU seconds"], "s", 1, **by_runs)
+
+# %% [markdown]
+# ABLATION
+#
+# ## Three seeds
+#
+# Another seed draws other batches. The pair of soft targets with hidden states and without has three.
+
+# %%
+pairs = list(zip(of_arm("soft"), of_arm("hidden"), strict=True))
+values = torch.tensor([runs.paired(*pair).value for pair in pairs]).double()
+error = values.std().item() / len(values) ** 0.5
+headline = Estimate(values.mean().item(), error, len(values), "seeds")
+print("won by seed:", [round(v, 4) for v in values.tolist()])
+print("hidden states win", format_difference(headline))
+
+# %% tags=["folded"]
+# Record the seeds.
+record_estimate("features.seeds.won", headline, 1e-6, **by_runs)
+of_documents = sum(runs.paired(*pair).error for pair in pairs) / len(pairs)
+record("features.seeds.documents_error", of_documents, "nats", 1e-6, **by_runs)
+
+# %% [markdown]
+# SEEDS
+#
+# ## Students that begin with nothing
+#
+# A student that inherits has most of the teacher's features already. What if it has none? **Fresh** students have two blocks with fresh weights. **Narrow** ones have four, of half the width.
+
+# %%
+starts = {
+    ("fresh", "soft"): "fresh, soft targets alone",
+    ("fresh", "hidden"): "fresh, + hidden states",
+    ("fresh", "relations"): "fresh, + relations",
+    ("fresh", "random-teacher"): "fresh, + hidden, random teacher",
+    ("narrow", "soft"): "narrow, soft targets alone",
+    ("narrow", "hidden"): "narrow, + hidden states, projected",
+    ("narrow", "relations"): "narrow, + relations",
+}
+rows, begun = [], {}
+for (start, arm), name in starts.items():
+    [log] = of_arm(arm, start)
+    row = {"student, seed 0": name, "parameters": log["parameters"]}
+    row |= {"nats lost": log["less_teacher"][0], "won over soft targets": ""}
+    if arm != "soft":
+        begun[start, arm] = runs.paired(of_arm("soft", start)[0], log)
+        row["won over soft targets"] = format_difference(begun[start, arm])
+    rows.append(row)
+table(rows, {"parameters": ",", "nats lost": ".2f"})
+
+# %% tags=["folded"]
+# Record the students that begin with nothing.
+for (start, arm), row in zip(starts, rows, strict=True):
+    stem = f"features.{start}.{arm.replace('-', '_')}"
+    record(f"{stem}.loss", row["nats lost"], "nats", 1e-6, **by_runs)
+    if (start, arm) in begun:
+        record_estimate(f"{stem}.won", begun[start, arm], 1e-6, **by_runs)
+
+# %% [markdown]
+# FRESH
+#
+# ## They speak
+
+# %%
+speaking = {"teacher": teacher, "not trained": student} | own
+print(continuations(speaking, tokenizer, prompt_of("course-lm"), new_tokens=24))
+
+# %%
+for (start, arm), name in starts.items():
+    [log] = of_arm(arm, start)
+    print(f"{name:36}{' '.join(log['writes'].split())[:80]}")
+
+# %% [markdown]
+# SPEAK
+#
+# ## What you saw
+#
+# SAW
+#
+# ## Limits
+#
+# - Runs of 25,000 tokens show how fast students learn, not where they end. Most arms have one seed; their errors are over documents, and another seed may move them further than that.
+# - Weights follow one rule and were not tuned. A loss that lost here may win with a weight of its own, or a weight that falls as training goes on. FitNets trains in stages, and TinyBERT on features first, soft targets after.
+# - One teacher of four blocks. In deep teachers the choice of layers is larger, and matters more.
+# - CKA says how alike two representations are, not whether the student uses them. It can be changed without changing what a network does [@davari2022cka].
+#
+# ## Exercises
+
+# %% [markdown] tags=["exercise-statement"]
+# ### Exercise 1: who learns from whom?
+# *Difficulty 1/5 · 5 minutes · 1 point · no GPU*
+#
+# A student of $M$ blocks learns from a teacher of $N$, where $M$ divides $N$. Write TinyBERT's map of hidden states, embeddings included.
+
+
+# %% tags=["exercise"]
+def mapped(student, teacher):
+    """Pairs (m, g(m)) of hidden states, for m = 0 (embeddings) to the student's last.
+
+    Approach: g(m) = m * teacher / student.
+    Example: mapped(2, 4) is [(0, 0), (1, 2), (2, 4)].
+    Hint: a network of M blocks has M + 1 hidden states.
+    """
+    ### BEGIN SOLUTION
+    step = teacher // student
+    return [(m, m * step) for m in range(student + 1)]
+    ### END SOLUTION
+
+
+# %% tags=["exercise-tests"]
+pairs = [tuple(pair) for pair in mapped(4, 12)]
+assert len(pairs) == 5, (
+    "four blocks have five hidden states, the embeddings are number 0"
+)
+assert pairs[0] == (0, 0), "embeddings learn from embeddings"
+assert pairs[1] != (1, 1), (
+    "(1, 1): that copies the first layers, and never sees the last"
+)
+assert pairs[1] == (1, 3), "each student block does the work of three"
+assert pairs[-1] == (4, 12), "the last layers have to meet"
+print(pairs)
+### BEGIN HIDDEN TESTS
+assert [tuple(p) for p in mapped(3, 3)] == [(0, 0), (1, 1), (2, 2), (3, 3)]
+assert all(isinstance(n, int) for p in mapped(2, 6) for n in p), "layers are integers"
+### END HIDDEN TESTS
+
+# %% [markdown] tags=["exercise-statement"]
+# ### Exercise 2: direction only
+# *Difficulty 2/5 · 10 minutes · 2 points · no GPU*
+#
+# Write DistilBERT's loss of hidden states, with a gradient for the student alone.
+
+
+# %% tags=["exercise"]
+def direction_loss(h, g):
+    """Mean over tokens of 1 - cosine of student's h and teacher's g, both [..., width].
+
+    Approach: product summed over the width, over both lengths; 1 minus it; the mean.
+    Example: (3, 4) and (6, 8) give 0, (0, 1) and (1, 0) give 1.
+    Hint: a cosine for each token, and .detach() for the teacher.
+    """
+    ### BEGIN SOLUTION
+    g = g.detach()
+    cosine = (h * g).sum(-1) / (h.norm(dim=-1) * g.norm(dim=-1))
+    return (1 - cosine).mean()
+    ### END SOLUTION
+
+
+# %% tags=["exercise-tests"]
+h = torch.tensor([[3.0, 4.0], [0.0, 1.0]], requires_grad=True)
+g = torch.tensor([[6.0, 8.0], [1.0, 0.0]], requires_grad=True)
+value = direction_loss(h, g)
+assert value.ndim == 0, "one number: the mean over tokens"
+assert abs(value.item() - 1.0) > 1e-4, "a sum over tokens: take the mean"
+assert value.item() > 0.3, "one cosine of all numbers together: take one for each token"
+assert abs(value.item() - 0.5) < 1e-4, "(0 + 1) / 2: the lengths must not matter"
+value.backward()
+assert g.grad is None, "the teacher got a gradient: detach it"
+assert h.grad is not None, "the student got no gradient"
+opposite = direction_loss(
+    torch.tensor([[1.0, 0.0]]), torch.tensor([[-2.0, 0.0]])
+).item()
+assert opposite > 0, "that is the cosine: the loss is 1 minus it"
+assert abs(opposite - 2) < 1e-5, "opposite vectors cost 2: 1 - (-1)"
+print(f"{value.item():.3f} {opposite:.3f}")
+### BEGIN HIDDEN TESTS
+x, y = torch.randn(2, 2, 5, 7, generator=torch.Generator().manual_seed(1))
+expected = torch.nn.CosineEmbeddingLoss()(x.view(10, 7), y.view(10, 7), torch.ones(10))
+assert torch.allclose(direction_loss(x, y), expected, atol=1e-5)
+### END HIDDEN TESTS
+
+# %% [markdown] tags=["exercise-statement"]
+# ### Exercise 3: scores before the softmax
+# *Difficulty 3/5 · 15 minutes · 3 points · no GPU*
+#
+# Write TinyBERT's attention loss for a causal model, from queries and keys of one head.
+
+
+# %% tags=["exercise"]
+def score_loss(q, k, q_teacher, k_teacher):
+    """Mean squared difference of scores over the pairs that a causal model looks at.
+
+    All are [tokens, d]; the teacher's d may be another.
+    Approach: scores q @ k.T / sqrt(d), each with its own d, before the softmax; keep
+    pairs whose key is not after the query; the mean of the squares over those.
+    Example: with one token, the square of one difference.
+    Hint: torch.ones(t, t).tril() marks the pairs.
+    """
+    ### BEGIN SOLUTION
+    ours = q @ k.T / q.shape[-1] ** 0.5
+    theirs = q_teacher @ k_teacher.T / q_teacher.shape[-1] ** 0.5
+    seen = torch.ones_like(ours).tril().bool()
+    return ((ours - theirs.detach())[seen] ** 2).mean()
+    ### END SOLUTION
+
+
+# %% tags=["exercise-tests"]
+q, k = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [1.0]])
+nil = torch.zeros(2, 4)
+value = score_loss(q, k, nil, nil).item()  # scores [[3, 1], [6, 2]]
+assert abs(value - 12.5) > 1e-3, (
+    "the query 1 sees no key 2: three pairs count, not four"
+)
+assert abs(value - 12.25) > 1e-3, "divide by the three pairs that count, not by four"
+assert value > 1, "compare scores before the softmax"
+assert abs(value - 49 / 3) < 1e-3, "(9 + 36 + 4) / 3"
+ones, zeros = torch.ones(2, 4), torch.zeros(2, 1)
+wide = score_loss(zeros, zeros, ones, ones).item()
+assert abs(wide - 16) > 1e-3, "divide each model's scores by the root of its own d"
+assert abs(wide - 4) < 1e-4, "scores of 4 / sqrt(4), against 0"
+print(f"{value:.3f} {wide:.3f}")
+### BEGIN HIDDEN TESTS
+draws = torch.Generator().manual_seed(2)
+q, k, u, w = (torch.randn(5, d, generator=draws) for d in (3, 3, 8, 8))
+gap = q @ k.T / 3**0.5 - u @ w.T / 8**0.5
+mask = torch.ones(5, 5).tril()
+assert torch.allclose(score_loss(q, k, u, w), (gap**2 * mask).sum() / 15, atol=1e-5)
+assert score_loss(q, k, q, k).item() == 0
+### END HIDDEN TESTS
+
+# %% [markdown] tags=["exercise-statement"]
+# ### Exercise 4: alike, whatever the axes
+# *Difficulty 3/5 · 15 minutes · 3 points · no GPU*
+#
+# Write linear CKA from its formula.
+
+
+# %% tags=["exercise"]
+def cka(x, y):
+    """Linear CKA of x [tokens, p] and y [tokens, q], a number from 0 to 1.
+
+    Approach: subtract each column's mean; ||y.T x||^2 over ||x.T x|| times ||y.T y||,
+    all Frobenius norms.
+    Example: x and a rotated, scaled and moved x give 1.
+    Hint: torch.linalg.matrix_norm, or the root of a sum of squares.
+    """
+    ### BEGIN SOLUTION
+    x, y = x - x.mean(0), y - y.mean(0)
+    norm = torch.linalg.matrix_norm
+    return norm(y.T @ x) ** 2 / (norm(x.T @ x) * norm(y.T @ y))
+    ### END SOLUTION
+
+
+# %% tags=["exercise-tests"]
+draws = torch.Generator().manual_seed(3)
+x, y = (torch.randn(40, d, generator=draws) for d in (5, 3))
+turn, _ = torch.linalg.qr(torch.randn(5, 5, generator=draws))
+assert abs(float(cka(x, x)) - 1) < 1e-4, "a copy has 1"
+assert abs(float(cka(x, 3 * x)) - 1) < 1e-4, "three times as long: divide by both norms"
+assert abs(float(cka(x, x + 5)) - 1) < 1e-4, "moved: centre the columns first"
+assert abs(float(cka(x, x @ turn)) - 1) < 1e-4, "rotated: compare y.T @ x, not x with y"
+a, b = x - x.mean(0), y - y.mean(0)
+K, L = a @ a.T, b @ b.T
+expected = ((K * L).sum() / (K.norm() * L.norm())).item()
+assert abs(float(cka(x, y)) - expected**0.5) > 1e-4, "the norm above is squared"
+assert abs(float(cka(x, y)) - expected) < 1e-4, "||y.T x||^2 / (||x.T x|| ||y.T y||)"
+print(f"{float(cka(x, y)):.4f}")
+### BEGIN HIDDEN TESTS
+assert abs(float(cka(y, x)) - float(cka(x, y))) < 1e-5
+### END HIDDEN TESTS
+
+# %% [markdown]
+# ## References
+#
+# - A. Romero and others, *FitNets: Hints for Thin Deep Nets*, 2014, arXiv 1412.6550 [@romero2014fitnets].
+# - V. Sanh and others, *DistilBERT, a distilled version of BERT: smaller, faster, cheaper and lighter*, 2019, arXiv 1910.01108 [@sanh2019distilbert].
+# - X. Jiao and others, *TinyBERT: Distilling BERT for Natural Language Understanding*, 2019, arXiv 1909.10351 [@jiao2019tinybert].
+# - W. Wang and others, *MiniLM: Deep Self-Attention Distillation for Task-Agnostic Compression of Pre-Trained Transformers*, 2020, arXiv 2002.10957 [@wang2020minilm].
+# - S. Kornblith and others, *Similarity of Neural Network Representations Revisited*, 2019, arXiv 1905.00414 [@kornblith2019similarity].
+# - M. Davari and others, *Reliability of CKA as a Similarity Measure in Deep Learning*, 2022, arXiv 2210.16156 [@davari2022cka].
+#
+# ## Next
+#
+# `reasoning_distillation` teaches steps instead of answers.
