@@ -30,6 +30,7 @@
 
 # %%
 import copy
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
@@ -168,8 +169,7 @@ windows = text.tokens[: 4 * text.window].view(4, text.window).to(profile.device)
 # %%
 with torch.no_grad():
     output = teacher(input_ids=windows, output_hidden_states=True)
-    logits, theirs = run_with_features(teacher, windows)
-    _, ours = run_with_features(student, windows)
+    _, theirs = run_with_features(teacher, windows)
 for m in range(4):
     torch.testing.assert_close(theirs.hidden[m], output.hidden_states[m])
 print("teacher's hidden states:", len(theirs.hidden), tuple(theirs.hidden[4].shape))
@@ -178,17 +178,24 @@ print("attention scores of block 4:", tuple(theirs.scores(4).shape))
 # %% [markdown]
 # The states are those of `transformers`. (Its last one comes after the model's last norm, ours before it.)
 #
-# A student is told the features by a `FeatureLoss`: a kind, and pairs of layers.
+# A student is told the features by a `FeatureLoss`: a kind, and pairs of layers. The last two are the controls: a map upside down, and a teacher with fresh
+# weights (its features only; soft targets always come from the true one).
 
 # %%
 from course_utils.distillation.features import FeatureLoss, layer_map
+from course_utils.distillation.students import student_of
 
-uniform = layer_map(2, 4)
+uniform, last, wrong = layer_map(2, 4), ((2, 4),), ((1, 4), (2, 1))
+stranger = student_of(teacher, range(4), inherit=False, seed=1000)  # knows nothing
 losses = {
     "hidden (MSE)": FeatureLoss("hidden", uniform),
-    "cosine": FeatureLoss("cosine", ((2, 4),)),
+    "last hidden (cosine)": FeatureLoss("cosine", last),
     "attention (MSE)": FeatureLoss("attention", uniform),
-    "relations (KL)": FeatureLoss("relations", ((2, 4),)),
+    "relations (KL)": FeatureLoss("relations", last),
+    "hidden, wrong layers": FeatureLoss("hidden", wrong),
+    "hidden, random teacher": FeatureLoss(
+        "hidden", uniform, source=stranger.to(profile.device)
+    ),
 }
 print("student's block, teacher's block:", uniform)
 
@@ -202,14 +209,25 @@ print("student's block, teacher's block:", uniform)
 from course_utils.distillation.features import feature_loss, gradient_norm
 from course_utils.distillation.losses import soft_target_loss
 
-z, ours_now = run_with_features(student, windows)
-soft = soft_target_loss(z, logits, 1)
+stream = token_stream(
+    tokenizer.backend_tokenizer,
+    documents("factbook", "train")[::3],
+    tokenizer.eos_token_id,
+)
+batches = TrainingBatches(stream, context=256, batch_size=4, seed=profile.seed)
+first = batches(0)[:, :-1].to(profile.device)
+
+# %%
+with torch.no_grad():
+    v, theirs_first = run_with_features(teacher, first)
+z, ours_first = run_with_features(student, first)
+soft = soft_target_loss(z, v, 1)
 rows = [{"loss": "soft targets", "value": soft.item()}]
 rows[0]["gradient"] = gradient_norm(soft, student)
 
 # %%
 for name, loss in losses.items():
-    value = loss(ours_now, theirs)
+    value = feature_loss([loss], student, ours_first, theirs_first, first)
     row = {"loss": name, "value": value.item()}
     row["gradient"] = gradient_norm(value, student)
     row["weight"] = rows[0]["gradient"] / row["gradient"]
@@ -219,9 +237,8 @@ table(rows, {"value": ".3f", "gradient": ".2f", "weight": ".3f"})
 # %% tags=["folded"]
 # Record the gradients.
 by = {"model": "course-lm-half"}
-for key, row in zip(
-    ("soft", "hidden", "cosine", "attention", "relations"), rows, strict=True
-):
+keys = ("soft", "hidden", "cosine", "attention", "relations", "wrong", "random")
+for key, row in zip(keys, rows, strict=True):
     record(f"features.start.{key}.value", row["value"], "", 0.2, **by)
     record(f"features.start.{key}.gradient", row["gradient"], "", 2, **by)
 
@@ -258,59 +275,50 @@ print(f"{parameters:,} parameters, as before: {narrow.num_parameters() == parame
 # %% [markdown]
 # Relations need no map. They need as many heads, and ours has four narrower ones. Next, students of your own.
 #
-# ## Your own students
+# ## Each loss alone
 #
-# Three students begin alike and see the same batches. One learns from soft targets alone. The others are told hidden states, or relations, as well. `distil` is the trainer of `distillation_demo`, and takes `features`.
+# Seven students begin alike and see the same batches. One learns from soft targets alone; to the others one loss is added. `distil` is the trainer of `distillation_demo`, and takes `features`. The learning rate is the one that was best for soft targets there.
 
 # %%
 from course_utils.distillation.trainer import DistilSettings, distil
 
-stream = token_stream(
-    tokenizer.backend_tokenizer,
-    documents("factbook", "train")[::3],
-    tokenizer.eos_token_id,
-)
-draws = TrainingBatches(stream, context=256, batch_size=4, seed=profile.seed)
-
-# %%
-updates = profile.pick(quick=6, cpu=24)
-config = TrainConfig(
-    updates, 5e-4, warmup=2, decay=updates // 2, eval_every=updates // 3
-)
+updates = profile.pick(quick=2, cpu=12)
 weights = {row["loss"]: row.get("weight") for row in rows}
+arms = {"soft targets alone": []}
+for name, loss in losses.items():
+    arms[f"+ {name}"] = [replace(loss, weight=weights[name])]
 print(f"{updates} updates of 4 times 256 tokens, of {len(stream):,}")
 
 
 # %%
-def weighted(name):
-    """The loss of the table above, as heavy as the soft targets."""
-    return FeatureLoss(losses[name].kind, losses[name].layers, weights[name])
-
-
-arms = {"soft targets": []}
-arms |= {f"+ {n}": [weighted(n)] for n in ("hidden (MSE)", "relations (KL)")}
-
-# %%
-own = {}
-for name, features in arms.items():
-    own[name] = copy.deepcopy(student)
-    curve = distil(
-        own[name],
+def trained(student, features, lr=5e-4, seed=profile.seed):
+    """A copy of `student`, trained by soft targets and `features`."""
+    model = copy.deepcopy(student)
+    draws = TrainingBatches(stream, context=256, batch_size=4, seed=seed)
+    config = TrainConfig(
+        updates, lr, warmup=2, decay=updates // 2, eval_every=updates // 2
+    )
+    distil(
+        model,
         teacher,
         lambda step: draws(step).to(profile.device),
         DistilSettings(),
         config,
         features=features,
     )
-    print(f"{name:18}", [round(part["loss"], 3) for part in curve])
+    return model
+
+
+# %%
+own = {name: trained(student, features) for name, features in arms.items()}
 
 # %% [markdown]
-# These sums hold different terms, and cannot be compared with each other. What can be compared is what all of them are for: predicting text. Differences are paired token by token, on
+# Their training losses hold different terms, and cannot be compared. What can be compared is what all of them are for: predicting text. Differences are paired token by token, on
 # text of other countries; ± is one standard error over documents.
 
 # %%
 found = compare_all({"not trained": student} | own, teacher, text)
-base, gains = found["soft targets"], {}
+base, gains = found["soft targets alone"], {}
 rows = []
 for name, of in found.items():
     row = {"student": name, "nats lost": format_difference(of.loss)}
@@ -320,6 +328,13 @@ for name, of in found.items():
         row["won over soft targets"] = format_difference(gains[name])
     rows.append(row)
 table(rows, {"KL divergence": ".3f"})
+
+# %%
+figure = ternary.estimates(
+    {name: (e.value, e.error) for name, e in gains.items()},
+    "nats won over soft targets alone (bars: 2 standard errors over documents)",
+)
+plt.show()
 
 
 # %% tags=["folded"]
@@ -331,14 +346,39 @@ def record_estimate(key, estimate, tolerance, **by):
 
 
 by_own = by | {"updates": updates, **profile.protocol(teacher).fields}
-short = dict(zip(found, ("start", "soft", "hidden", "relations"), strict=True))
-for name, of in found.items():
-    record_estimate(f"features.own.{short[name]}.loss", of.loss, 0.05, **by_own)
-    if name in gains:
-        record_estimate(f"features.own.{short[name]}.won", gains[name], 0.05, **by_own)
+nothing = Estimate(0.0, 0.0, base.loss.count, "documents")
+for key, (name, of) in zip(("start", *keys), found.items(), strict=True):
+    stem = f"features.own.{key}"
+    record_estimate(f"{stem}.loss", of.loss, 0.05, **by_own)
+    record(f"{stem}.divergence", of.divergence.value, "nats", 0.05, **by_own)
+    record_estimate(f"{stem}.won", gains.get(name, nothing), 0.05, **by_own)
 
 # %% [markdown]
 # OWN
+#
+# ## Three seeds
+#
+# The errors above are over documents. Another seed draws other batches, and that is another source of chance. So the pair of hidden states and soft targets alone is trained twice more.
+
+# %%
+name, values, errors = "+ hidden (MSE)", [gains["+ hidden (MSE)"].value], []
+for seed in (profile.seed + 1, profile.seed + 2):
+    pair = {key: trained(student, arms[key], seed=seed) for key in list(arms)[:2]}
+    of = compare_all(pair, teacher, text)
+    values.append(difference(of["soft targets alone"], of[name]).value)
+
+# %%
+values = torch.tensor(values).double()
+headline = Estimate(values.mean().item(), values.std().item() / 3**0.5, 3, "seeds")
+print("won by seed:", [round(v, 4) for v in values.tolist()])
+print("hidden states win", format_difference(headline))
+
+# %% tags=["folded"]
+# Record the seeds.
+record_estimate("features.seeds.won", headline, 0.02, **by_own)
+
+# %% [markdown]
+# SEEDS
 #
 # ## Representations, seen
 #
@@ -350,6 +390,7 @@ for name, of in found.items():
 # A rotated or scaled copy has 1.
 
 # %%
+from course_utils.distillation.features import balanced
 from course_utils.distillation.similarity import cka_map, linear_cka
 
 x = torch.randn(500, 6, generator=draw)
@@ -367,153 +408,65 @@ def map_of(model):
     return cka_map(*sides)
 
 
-maps = {"not trained": map_of(student)}
-maps |= {name: map_of(model) for name, model in own.items()}
+# %% [markdown]
+# Our inherited students had most of the teacher's representations from the start. The **narrow** student had none: half the width, fresh weights. We train three of it, and look before and after. CKA takes both widths.
+
+# %%
+told = {
+    "narrow, soft targets": [],
+    "narrow, + hidden": [FeatureLoss("hidden", layer_map(4, 4))],
+    "narrow, + relations": [FeatureLoss("relations", ((4, 4),))],
+}
+begun = {"narrow, not trained": narrow}
+for name, features in told.items():
+    begun[name] = copy.deepcopy(narrow)
+    add_projection(begun[name], teacher, profile.seed)
+    features = [balanced(of, begun[name], teacher, first) for of in features]
+    begun[name] = trained(begun[name], features, lr=1e-3)
+    drop_projection(begun[name])
+
+# %%
+maps = {"inherited, not trained": map_of(student)}
+maps |= {name: map_of(model) for name, model in begun.items() if "rel" not in name}
 figure = similarity_maps(maps)
 plt.show()
 
+# %%
+began = compare_all(begun, teacher, text)
+rows, narrow_won = [], {}
+for name, of in began.items():
+    row = {"student": name, "nats lost": format_difference(of.loss), "won": ""}
+    if "+" in name:
+        narrow_won[name] = difference(began["narrow, soft targets"], of)
+        row["won"] = format_difference(narrow_won[name])
+    rows.append(row | {"CKA of the last states": map_of(begun[name])[4, 4].item()})
+table(rows, {"CKA of the last states": ".2f"})
+
 # %% tags=["folded"]
-# Record the corners of the maps.
-for name, of_model in maps.items():
-    for m, n in uniform:
-        value = of_model[n, m].item()
-        record(f"features.cka.{short[name]}.{m}", value, "", 0.05, **by_own)
+# Record the narrow students and their maps.
+for key, (name, of) in zip(
+    ("start", "soft", "hidden", "relations"), began.items(), strict=True
+):
+    stem = f"features.narrow.{key}"
+    record_estimate(f"{stem}.loss", of.loss, 0.2, **by_own)
+    record_estimate(f"{stem}.won", narrow_won.get(name, nothing), 0.2, **by_own)
+    for m in (2, 4):
+        value = map_of(begun[name])[m, m].item()
+        record(f"features.cka.{key}.{m}", value, "", 0.1, **by_own)
+for m, n in uniform:
+    value = maps["inherited, not trained"][n, m].item()
+    record(f"features.cka.inherited.{m}", value, "", 0.05, **by_own)
 
 # %% [markdown]
-# *Figure: linear CKA of the teacher's hidden states 0 to 4 and the student's 0 to 2, on 1,020 tokens. The first token of a window is left out: its vectors are far longer than the others, and linear CKA would see little else [@davari2022cka].*
+# *Figure: linear CKA of the teacher's hidden states 0 to 4 and the student's, on 1,020 tokens. The first token of a window is left out: its vectors are far longer than the others, and linear CKA would see little else [@davari2022cka].*
 #
 # CKA
-#
-# ## Each loss alone
-#
-# One run of each proves little. `course train-distillation features` trained a student for each loss, on 24 batches of 1,024 tokens, with the learning rate that was best for soft targets. Their logs are shipped. Each loss weighs as above. "Upside down" maps the student's block 1 to the teacher's 4 and its 2 to 1. The "random teacher" has fresh
-# weights; soft targets come from the true one.
-
-# %%
-from course_utils.distillation import runs
-
-logs = runs.shipped_logs().values()
-
-
-def of_arm(arm, start="inherited"):
-    """Logs of a kind, ordered by seed; not those of the sweeps."""
-    kind = {"arm": arm, "start": start, "tokens": runs.TOKENS, "lr": None}
-    chosen = [log for log in logs if kind.items() <= log["run"].items()]
-    return sorted(chosen, key=lambda log: log["run"]["seed"])
-
-
-# %%
-names = {
-    "soft": "soft targets alone",
-    "hidden": "+ hidden states (MSE)",
-    "cosine": "+ last hidden state (cosine)",
-    "attention": "+ attention scores (MSE)",
-    "relations": "+ relations (MiniLM)",
-    "tinybert": "+ hidden and attention (TinyBERT)",
-    "upside-down": "+ hidden, upside down",
-    "random-teacher": "+ hidden, random teacher",
-}
-base = of_arm("soft")[0]
-won = {arm: runs.paired(base, of_arm(arm)[0]) for arm in names if arm != "soft"}
-
-# %%
-figure = ternary.estimates(
-    {names[arm]: (e.value, e.error) for arm, e in won.items()},
-    "nats won over soft targets alone (bars: 2 standard errors over documents)",
-)
-plt.show()
-
-# %%
-rows = []
-for arm, name in names.items():
-    [log, *_] = of_arm(arm)
-    row = {"student, seed 0": name, "nats lost": log["less_teacher"][0]}
-    row["KL divergence"] = log["divergence"][0]
-    row["won over soft targets"] = format_difference(won[arm]) if arm in won else ""
-    rows.append(row | {"CPU seconds": log["cpu_seconds"]})
-table(rows, {"nats lost": ".3f", "KL divergence": ".3f", "CPU seconds": ".0f"})
-
-# %% tags=["folded"]
-# Record the ablation.
-by_runs = {"model": "course-lm-half", "tokens": runs.TOKENS}
-nothing = Estimate(0.0, 0.0, 15, "documents")
-for arm, row in zip(names, rows, strict=True):
-    stem = f"features.runs.{arm.replace('-', '_')}"
-    record(f"{stem}.loss", row["nats lost"], "nats", 1e-6, **by_runs)
-    record(f"{stem}.divergence", row["KL divergence"], "nats", 1e-6, **by_runs)
-    record_estimate(f"{stem}.won", won.get(arm, nothing), 1e-6, **by_runs)
-    record(f"{stem}.cpu_seconds", row["CPU seconds"], "s", 1, **by_runs)
-
-# %% [markdown]
-# ABLATION
-#
-# ## Three seeds
-#
-# Another seed draws other batches. The pair of soft targets with hidden states and without has three.
-
-# %%
-pairs = list(zip(of_arm("soft"), of_arm("hidden"), strict=True))
-values = torch.tensor([runs.paired(*pair).value for pair in pairs]).double()
-error = values.std().item() / len(values) ** 0.5
-headline = Estimate(values.mean().item(), error, len(values), "seeds")
-print("won by seed:", [round(v, 4) for v in values.tolist()])
-print("hidden states win", format_difference(headline))
-
-# %% tags=["folded"]
-# Record the seeds.
-record_estimate("features.seeds.won", headline, 1e-6, **by_runs)
-of_documents = sum(runs.paired(*pair).error for pair in pairs) / len(pairs)
-record("features.seeds.documents_error", of_documents, "nats", 1e-6, **by_runs)
-
-# %% [markdown]
-# SEEDS
-#
-# ## Students that begin with nothing
-#
-# A student that inherits has most of the teacher's features already. What if it has none? **Fresh** students have two blocks with fresh weights. **Narrow** ones have four, of half the width.
-
-# %%
-starts = {
-    ("fresh", "soft"): "fresh, soft targets alone",
-    ("fresh", "hidden"): "fresh, + hidden states",
-    ("fresh", "relations"): "fresh, + relations",
-    ("fresh", "random-teacher"): "fresh, + hidden, random teacher",
-    ("narrow", "soft"): "narrow, soft targets alone",
-    ("narrow", "hidden"): "narrow, + hidden states, projected",
-    ("narrow", "relations"): "narrow, + relations",
-}
-rows, begun = [], {}
-for (start, arm), name in starts.items():
-    [log] = of_arm(arm, start)
-    row = {"student, seed 0": name, "parameters": log["parameters"]}
-    row |= {"nats lost": log["less_teacher"][0], "won over soft targets": ""}
-    if arm != "soft":
-        begun[start, arm] = runs.paired(of_arm("soft", start)[0], log)
-        row["won over soft targets"] = format_difference(begun[start, arm])
-    rows.append(row)
-table(rows, {"parameters": ",", "nats lost": ".2f"})
-
-# %% tags=["folded"]
-# Record the students that begin with nothing.
-for (start, arm), row in zip(starts, rows, strict=True):
-    stem = f"features.{start}.{arm.replace('-', '_')}"
-    record(f"{stem}.loss", row["nats lost"], "nats", 1e-6, **by_runs)
-    if (start, arm) in begun:
-        record_estimate(f"{stem}.won", begun[start, arm], 1e-6, **by_runs)
-
-# %% [markdown]
-# FRESH
 #
 # ## They speak
 
 # %%
-speaking = {"teacher": teacher, "not trained": student} | own
+speaking = {"teacher": teacher, "not trained": student} | own | begun
 print(continuations(speaking, tokenizer, prompt_of("course-lm"), new_tokens=24))
-
-# %%
-for (start, arm), name in starts.items():
-    [log] = of_arm(arm, start)
-    print(f"{name:36}{' '.join(log['writes'].split())[:80]}")
 
 # %% [markdown]
 # SPEAK
@@ -599,6 +552,7 @@ assert value.ndim == 0, "one number: the mean over tokens"
 assert abs(value.item() - 1.0) > 1e-4, "a sum over tokens: take the mean"
 assert value.item() > 0.3, "one cosine of all numbers together: take one for each token"
 assert abs(value.item() - 0.5) < 1e-4, "(0 + 1) / 2: the lengths must not matter"
+assert value.requires_grad, "the student gets no gradient: detach the teacher alone"
 value.backward()
 assert g.grad is None, "the teacher got a gradient: detach it"
 assert h.grad is not None, "the student got no gradient"

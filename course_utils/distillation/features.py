@@ -10,12 +10,13 @@ and stages (TinyBERT), a teacher assistant (MiniLM), convolutional regressors (F
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from course_utils.distillation.losses import soft_target_loss
 from course_utils.models.walk import blocks, hidden_states
 
 KINDS = ("hidden", "cosine", "attention", "relations")
@@ -225,6 +226,23 @@ def gradient_norm(value: Tensor, model: nn.Module) -> float:
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
     return math.sqrt(sum(g.square().sum().item() for g in found if g is not None))
+
+
+def balanced(
+    loss: FeatureLoss, student: nn.Module, teacher: nn.Module, input_ids: Tensor
+) -> FeatureLoss:
+    """`loss` with a weight that makes its gradient as long as that of the soft targets on these tokens.
+
+    Long is `gradient_norm` over the student's parameters, its projection's too; soft targets are at
+    temperature 1.
+    """
+    logits, ours = run_with_features(student, input_ids)
+    with torch.no_grad():
+        told, theirs = run_with_features(teacher, input_ids)
+    loss = replace(loss, weight=1.0)
+    soft = gradient_norm(soft_target_loss(logits, told, 1.0), student)
+    own = gradient_norm(feature_loss([loss], student, ours, theirs, input_ids), student)
+    return replace(loss, weight=soft / own)
 
 
 def _scaled(a: Tensor, b: Tensor) -> Tensor:

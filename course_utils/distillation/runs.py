@@ -1,10 +1,9 @@
-"""The longer trainings that two notebooks of distillation show: `course train-distillation`.
+"""The longer trainings that `distillation/distillation_demo` shows: `course train-distillation`.
 
 Students of half of course-lm's depth learn on the Factbook's training split, with and without their
 teacher. All see the same number of tokens; those of one seed see the same batches. Each way of starting
 has a sweep of learning rates for training with the teacher and one for training without, of equal
-effort; students of half the width take the rate of fresh ones. A feature loss weighs as much as the soft targets: its gradient has their gradient's norm on the
-first batch of a student that has not been trained.
+effort.
 """
 
 import functools
@@ -23,17 +22,7 @@ from torch import Tensor, nn
 from course_utils.data.batches import TrainingBatches, token_stream
 from course_utils.data.corpora import documents
 from course_utils.data.tokens import evaluation_documents
-from course_utils.distillation.features import (
-    FeatureLoss,
-    add_projection,
-    drop_projection,
-    feature_loss,
-    gradient_norm,
-    layer_map,
-    run_with_features,
-)
-from course_utils.distillation.losses import soft_target_loss
-from course_utils.distillation.students import half_depth, half_width, student_of
+from course_utils.distillation.students import half_depth
 from course_utils.distillation.trainer import DistilSettings, distil, write_on
 from course_utils.evaluation import (
     Comparison,
@@ -68,27 +57,10 @@ ARMS = {
     "own-reverse": DistilSettings(on_policy=1, beta=1),
 }
 
-UPSIDE_DOWN = ((1, 4), (2, 1))  # a map of layers that is wrong on purpose
-LAST = ((2, 4),)
-# Arms of feature losses, beside soft targets at temperature 1: kind, and pairs of layers; None maps all.
-FEATURES = {
-    "hidden": [("hidden", None)],
-    "cosine": [("cosine", LAST)],
-    "attention": [("attention", None)],
-    "relations": [("relations", LAST)],
-    "tinybert": [("hidden", None), ("attention", None)],
-    "upside-down": [("hidden", UPSIDE_DOWN)],
-    "random-teacher": [("hidden", None)],
-}
-ARMS |= dict.fromkeys(FEATURES, DistilSettings())
-
 
 @dataclass(frozen=True)
 class Run:
-    """One training. `start`: "inherited" or "fresh" weights, or "narrow", half the width and fresh.
-
-    `lr` None: the best of its sweep.
-    """
+    """One training. `start`: "inherited" or "fresh" weights; `lr` None: the best of its sweep."""
 
     arm: str
     start: str
@@ -128,9 +100,6 @@ GROUPS = {
     "fresh": sweep("fresh") + _seeds(("hard", "soft"), start="fresh"),
     "settings": _seeds(("soft-T2", "mix50", "soft-T4")),
     "directions": WAYS,
-    "features": _seeds(("hidden",), 3) + _seeds(tuple(FEATURES)[1:]),
-    "features-fresh": _seeds(("hidden", "relations", "random-teacher"), start="fresh"),
-    "narrow": _seeds(("soft", "hidden", "relations"), start="narrow"),
 }
 
 
@@ -157,32 +126,26 @@ def train_run(run: Run, teacher: LoadedModel, out: Path) -> dict:
     """
     stream, held_out = _stream("train"), _stream("calibration")
     config = run.config(best_rate(run, out) if run.lr is None else run.lr)
-    student = new_student(run, teacher.model)
-    settings = replace(ARMS[run.arm], seed=run.seed)
-    batches = TrainingBatches(stream, context=CONTEXT, batch_size=BATCH, seed=run.seed)
-    told = balanced(run, student, teacher.model, batches(0))
+    student = half_depth(teacher.model, inherit=run.start == "inherited", seed=run.seed)
     before = held_out_loss(student, held_out, 16)
     checkpoint = out / f"{run.name}.safetensors"
+    settings = replace(ARMS[run.arm], seed=run.seed)
     curve = distil(
         student,
         None if settings.mix == 0 else teacher.model,
-        batches,
+        TrainingBatches(stream, context=CONTEXT, batch_size=BATCH, seed=run.seed),
         settings,
         config,
-        features=told,
         evaluate=lambda model: held_out_loss(model, held_out, 16),
         checkpoint=checkpoint,
         data=f"factbook, {len(stream)} tokens",
         progress=sys.stderr.isatty(),
     )
-    if hasattr(student, "projection"):
-        drop_projection(student)
     found = compare(student, teacher.model, PROTOCOL.text(teacher.tokenizer))
     prompt = prompt_of("course-lm")
     log = {
         "run": asdict(run),
         "told": asdict(settings),
-        **({"features": [[of.kind, of.layers, of.weight] for of in told]} if told else {}),
         "settings": asdict(config),
         "batch_sequences": BATCH,
         "context": CONTEXT,
@@ -206,40 +169,6 @@ def train_run(run: Run, teacher: LoadedModel, out: Path) -> dict:
     checkpoint.unlink()
     print(f"{run.name}: {found}; lr {config.lr:g}, {log['seconds']:.0f} s", flush=True)
     return log
-
-
-def new_student(run: Run, teacher: nn.Module) -> nn.Module:
-    """The student that `run` begins with, and its projection where its hidden states need one."""
-    if run.start != "narrow":
-        return half_depth(teacher, inherit=run.start == "inherited", seed=run.seed)
-    student = half_width(teacher, seed=run.seed)
-    if any(kind in ("hidden", "cosine") for kind, _ in FEATURES.get(run.arm, ())):
-        add_projection(student, teacher, run.seed)
-    return student
-
-
-def balanced(run: Run, student: nn.Module, teacher: nn.Module, batch: Tensor) -> list[FeatureLoss]:
-    """The feature losses of `run`, each as heavy as the soft targets on `batch` `[batch, context + 1]`.
-
-    Heavy is the norm of the gradient of all of the student's parameters.
-    """
-    depths = [model.config.num_hidden_layers for model in (student, teacher)]
-    source = None
-    if run.arm == "random-teacher":
-        source = student_of(teacher, range(depths[1]), inherit=False, seed=1000 + run.seed)
-    inputs, made = batch[:, :-1], []
-    for kind, layers in FEATURES.get(run.arm, ()):
-        layers = layers or layer_map(*depths)
-        if run.start == "narrow" and layers == LAST:
-            layers = ((depths[0], depths[1]),)
-        logits, ours = run_with_features(student, inputs)
-        with torch.no_grad():
-            theirs_logits, theirs = run_with_features(teacher, inputs)
-        loss = FeatureLoss(kind, tuple(layers), source=source)
-        soft = gradient_norm(soft_target_loss(logits, theirs_logits, 1.0), student)
-        own = gradient_norm(feature_loss([loss], student, ours, theirs, inputs), student)
-        made.append(replace(loss, weight=soft / own))
-    return made
 
 
 @torch.no_grad()
@@ -276,7 +205,7 @@ def best_rate(run: Run, out: Path) -> float:
     """
     arm = "hard" if ARMS[run.arm].mix == 0 else "soft"
     losses = {}
-    for trial in sweep("fresh" if run.start == "narrow" else run.start):
+    for trial in sweep(run.start):
         if trial.arm == arm:
             if not _log(trial, out).exists():
                 raise ValueError(

@@ -13,8 +13,8 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     """Linear centred kernel alignment of `x` `[n, p]` and `y` `[n, q]`, rows of the same n examples.
 
     ||Y'X||^2 / (||X'X|| ||Y'Y||) with centred columns and Frobenius norms: 1 for a rotated or scaled
-    copy, and near 0 for unrelated ones while n is much larger than both widths. Computed in double. Raises `ValueError` for other
-    shapes, and for a representation that is the same for all examples.
+    copy, and near 0 for unrelated ones while n is much larger than both widths. Computed in double.
+    Raises `ValueError` for other shapes, and for a representation that is the same for all examples.
     """
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
         raise ValueError(

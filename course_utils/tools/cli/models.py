@@ -91,16 +91,13 @@ def train_bitnet(
 def train_distillation(
     groups: Annotated[
         list[str] | None,
-        typer.Argument(
-            help="inherited, fresh, settings, directions, features, features-fresh, narrow. Default: all, "
-            "in this order."
-        ),
+        typer.Argument(help="inherited, fresh, settings, directions. Default: all, in this order."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and logs.")] = Path(
         "runs/distillation"
     ),
 ) -> None:
-    """Train the students whose logs two notebooks show: about 15 minutes of a CPU core.
+    """Train the students that `distillation_demo` shows the logs of: about 10 minutes of a CPU core.
 
     Goes on where it was interrupted, and skips what is finished. Example:
     `course train-distillation inherited --out runs/distillation`.
