@@ -160,7 +160,7 @@ print("MSE of the scores:", F.mse_loss(moved, row).item())
 # The attention is the same, and the loss is 25. A loss of scores also asks for what the softmax forgets. MiniLM compares *after* the softmax, by the KL divergence of each row. It adds
 # a second matrix: the products of all pairs of **values**, $\mathrm{softmax}(v v^\top / \sqrt{d})$, which say what tokens would hand on. Both are `[tokens, tokens]`, whatever the width.
 #
-# Our models are causal, so only pairs are compared whose key is not after its query. (MiniLM's were mostly not causal; the mask in the relation of values is ours.)
+# Our models are causal, so only pairs are compared whose key is not after its query. (BERT is not causal; the mask in the relation of values is ours.)
 
 # %%
 from course_utils.distillation.features import (
@@ -496,10 +496,10 @@ for m, n in uniform:
     record(f"features.cka.inherited.{m}", value, "", 0.05, **by_own)
 
 # %% [markdown]
-# *Figure: linear CKA of the teacher's hidden states 0 to 4 and the student's, on 1,020 tokens. The first token of a window is left out: its vectors are far longer than the others, and linear CKA would see little else [@davari2022cka].*
+# *Figure: linear CKA of the teacher's hidden states 0 to 4 and the student's, on 1,020 tokens. The first token of a window is left out: its vectors are longer than the others, and linear CKA is sensitive to outliers [@davari2022cka].*
 #
 # In the recorded run the inherited student's states have {{features.cka.inherited.1:.2f}} and {{features.cka.inherited.2:.2f}} with the teacher's 2 and 4 that they are mapped to, before any update. So there was little left to imitate. The narrow student begins at {{features.cka.start.2:.2f}} with the teacher's state 2. Soft targets lead it to
-# {{features.cka.soft.2:.2f}}, and hidden states to {{features.cka.hidden.2:.2f}}: the student comes to compute what it is told to compute. Relations alone lead to {{features.cka.relations.2:.2f}}.
+# {{features.cka.soft.2:.2f}}, and hidden states to {{features.cka.hidden.2:.2f}}; but relations, which say nothing of that state, lead to {{features.cka.relations.2:.2f}}. Look at the map of "+ hidden": its columns 1 to 4 are nearly the same. In so few updates the blocks' states have not come apart, and each is nearest to the teacher's state 0. Squared differences fall first by a common vector for all tokens, perhaps, and CKA subtracts that; we have not measured it.
 #
 # But in nats hidden states win {{features.narrow.hidden.won:+.3f}} ± {{features.narrow.hidden.won_error:.3f}} over soft targets alone, and relations {{features.narrow.relations.won:+.3f}} ± {{features.narrow.relations.won_error:.3f}}. Both cost a lot. A fresh student has everything to learn in a few updates, and about half of the pull went to a demand that predicts no text. Its last states are no nearer to the teacher's with hidden states ({{features.cka.hidden.4:.2f}}) than with soft targets ({{features.cka.soft.4:.2f}}). Alike inside and good at the task are two things.
 #
@@ -518,7 +518,7 @@ print(continuations(speaking, tokenizer, prompt_of("course-lm"), new_tokens=24))
 # - **A weight is a choice.** In the recorded run the gradient of the attention scores began {{features.start.attention.gradient:.0f}} long, and that of the soft targets {{features.start.soft.gradient:.1f}} long. All losses here were made equally heavy.
 # - **Added to soft targets, hidden states won {{features.seeds.won:+.3f}} ± {{features.seeds.won_error:.3f}} nats over three seeds.** A small gain that every seed repeats. The cosine won {{features.own.cosine.won:+.3f}} ± {{features.own.cosine.won_error:.3f}}; attention scores and relations lost {{features.own.attention.won:+.3f}} and {{features.own.relations.won:+.3f}}.
 # - **The map matters.** Against soft targets alone, wrong layers made {{features.own.wrong.won:+.3f}} ± {{features.own.wrong.won_error:.3f}} nats, a random teacher's states {{features.own.random.won:+.3f}} ± {{features.own.random.won_error:.3f}}.
-# - **Alike is not better.** The narrow student's state 2 came from {{features.cka.start.2:.2f}} to {{features.cka.hidden.2:.2f}} in CKA with hidden states, against {{features.cka.soft.2:.2f}} with soft targets alone, and its prediction stands at {{features.narrow.hidden.won:+.3f}} ± {{features.narrow.hidden.won_error:.3f}} nats against that one.
+# - **Alike is not better.** The narrow student's state 2 came from {{features.cka.start.2:.2f}} to {{features.cka.hidden.2:.2f}} in CKA with hidden states, against {{features.cka.soft.2:.2f}} with soft targets alone and {{features.cka.relations.2:.2f}} with relations. Its prediction stands at {{features.narrow.hidden.won:+.3f}} ± {{features.narrow.hidden.won_error:.3f}} nats against soft targets alone.
 #
 # ## Limits
 #
