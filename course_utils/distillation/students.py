@@ -46,3 +46,19 @@ def student_of(
 def half_depth(teacher: PreTrainedModel, *, inherit: bool = True, seed: int = 0) -> PreTrainedModel:
     """A student of every other block of the teacher, the first among them: see `student_of`."""
     return student_of(teacher, range(0, len(blocks(teacher)), 2), inherit=inherit, seed=seed)
+
+
+def half_width(teacher: PreTrainedModel, *, seed: int = 0) -> PreTrainedModel:
+    """A student of half the width with as many blocks and heads, and fresh weights of `seed`.
+
+    Its matrices fit none of the teacher's, so it inherits nothing. Raises `ValueError` for a width whose
+    half the heads do not divide.
+    """
+    config = copy.deepcopy(teacher.config)
+    width, heads = config.hidden_size, config.num_attention_heads
+    if width % (2 * heads):
+        raise ValueError(f"{heads} heads do not divide half of the width {width}")
+    config.n_embd = width // 2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return type(teacher)(config).float().eval()

@@ -4,7 +4,7 @@
 or a quantized model, with the float model as its teacher.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from course_utils.distillation.cached import CachedTeacher, top_k_loss
+from course_utils.distillation.features import FeatureLoss, feature_loss, run_with_features
 from course_utils.distillation.losses import (
     check_share,
     check_temperature,
@@ -62,6 +63,7 @@ def distil(
     settings: DistilSettings,
     config: TrainConfig,
     *,
+    features: Sequence[FeatureLoss] = (),
     evaluate: Callable[[nn.Module], float] | None = None,
     checkpoint: Path | None = None,
     data: str = "",
@@ -70,15 +72,18 @@ def distil(
     """Train `student` in place on batches `[batch, context + 1]`; returns the curve, as `loop.train` does.
 
     The teacher runs without gradients, and is left as it was; None is a teacher for `mix` 0 alone. A
-    `CachedTeacher` answers from disk, with the likeliest tokens only. `evaluate`, `checkpoint` and
-    `data` are those of `loop.train`.
+    `CachedTeacher` answers from disk, with the likeliest tokens only. `features` are added to the loss of
+    the probabilities: what the student is told of the teacher's hidden states and attention. `evaluate`,
+    `checkpoint` and `data` are those of `loop.train`.
 
     Raises `ValueError` for a teacher in training mode, a teacher that is the student or shares weights
     with it, vocabularies of different sizes, sequences longer than either has positions for, and a
     cached teacher of another temperature, of another divergence than `beta` 0 or of text that the
-    student writes.
+    student writes. Features are refused of layers that there are not, without a teacher that can be run,
+    with `mix` 0 and with text of the student's own.
     """
     _check_teacher(student, teacher, settings)
+    _check_features(student, teacher, settings, features)
     _check_length(student, teacher, batches(0))
     place = {"step": 0}
 
@@ -86,11 +91,29 @@ def distil(
         place["step"] = step
 
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        if features:
+            return loss_with_features(model, teacher, batch, settings, features)
         return _loss(model, teacher, batch, place["step"], settings)
 
     return train(
         student, batches, config, loss=loss, evaluate=evaluate, before_step=before_step,
-        checkpoint=checkpoint, data=f"{data} {asdict(settings)}", progress=progress,
+        checkpoint=checkpoint, data=f"{data} {asdict(settings)}{_named(features)}", progress=progress,
+    )  # fmt: skip
+
+
+def loss_with_features(
+    student: nn.Module, teacher: nn.Module, batch: Tensor, settings: DistilSettings,
+    features: Sequence[FeatureLoss],
+) -> Tensor:  # fmt: skip
+    """`mixed_loss` and `features` on a batch `[batch, context + 1]`, of one pass of each model."""
+    inputs = batch[:, :-1]
+    student_logits, ours = run_with_features(student, inputs)
+    with torch.no_grad():
+        teacher_logits, theirs = run_with_features(teacher, inputs)
+    told = feature_loss(features, student, ours, theirs, inputs)
+    return told + mixed_loss(
+        student_logits, teacher_logits, batch[:, 1:], temperature=settings.temperature,
+        mix=settings.mix, beta=settings.beta, smoothing=settings.smoothing,
     )  # fmt: skip
 
 
@@ -197,6 +220,26 @@ def _check_teacher(student, teacher, settings: DistilSettings) -> None:
             f"the student's vocabulary has {sizes[0]} tokens and the teacher's {sizes[1]}: only models that "
             "share a tokenizer can be compared token by token"
         )
+
+
+def _check_features(student, teacher, settings: DistilSettings, features) -> None:
+    if not features:
+        return
+    if not isinstance(teacher, nn.Module) or settings.mix == 0 or settings.on_policy:
+        raise ValueError(
+            f"features with a {type(teacher).__name__} as teacher, mix={settings.mix} and on_policy="
+            f"{settings.on_policy}: give a model, a mix above 0, and text that is not the student's"
+        )
+    for loss in features:
+        loss.check(student, teacher)
+
+
+def _named(features: Sequence[FeatureLoss]) -> str:
+    """What a checkpoint is told of feature losses; nothing where there are none."""
+    return "".join(
+        f" {loss.kind} {loss.layers} {loss.weight:.6g} {'another' if loss.source else 'the'} teacher"
+        for loss in features
+    )
 
 
 def _check_length(student, teacher, batch: Tensor) -> None:
