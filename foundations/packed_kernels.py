@@ -764,9 +764,9 @@ table(rows, {"ms": ".2f", "x float32": ".2f"})
 
 # %% tags=["folded"]
 # Records both ratios.
+by = {"size": size, "rounds": rounds, "threads": 1}
 for key, row in zip(("look_up", "two_bits"), rows[1:], strict=True):
-    record(f"packed.ternary.{key}.ratio", row["x float32"], "", size=size, rounds=rounds,
-           threads=1)  # fmt: skip
+    record(f"packed.ternary.{key}.ratio", row["x float32"], "", **by)
 
 # %% [markdown]
 # In the recorded run looking up was {{packed.ternary.look_up.ratio:.1f}} times as fast as float32, and multiplying bytes
