@@ -169,7 +169,7 @@ def test_a_weight_that_is_not_contiguous_takes_torch():
     codes = weight.codes.T.contiguous().T
     slanted = GroupedCodes(codes, weight.scale, weight.zero, None, 4, 64)
     assert backend(slanted) == "torch"
-    torch.testing.assert_close(grouped_linear(x, slanted), grouped_linear(x, weight))
+    assert relative(grouped_linear(x, slanted), grouped_linear(x, weight)) < 1e-5
 
 
 def test_the_backend_is_chosen_by_the_environment(monkeypatch):
@@ -177,7 +177,7 @@ def test_the_backend_is_chosen_by_the_environment(monkeypatch):
     compiled = grouped_linear(x, weight)
     monkeypatch.setenv("COURSE_KERNELS", "torch")
     assert backend(weight) == "torch"
-    torch.testing.assert_close(grouped_linear(x, weight), compiled)
+    assert relative(grouped_linear(x, weight), compiled) < 1e-5
     monkeypatch.setenv("COURSE_KERNELS", "fast")
     message = "COURSE_KERNELS='fast': choose one of auto, torch, compiled, triton"
     with pytest.raises(ValueError, match=message):
