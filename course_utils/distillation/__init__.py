@@ -1,1 +1,1 @@
-"""Distillation: a small student learns from a large teacher's probabilities."""
+"""Distillation: a student learns from its teacher's probabilities, features or written steps."""
