@@ -7,7 +7,6 @@ of one core.
 """
 
 import json
-import platform
 import random
 import shutil
 import sys
@@ -17,7 +16,6 @@ from itertools import starmap
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -44,6 +42,7 @@ from course_utils.distillation.traces import (
     write_traces,
 )
 from course_utils.files import replacing
+from course_utils.training.logs import of_this_run, read_logs
 from course_utils.training.loop import TrainConfig, train
 
 SHIPPED = (
@@ -239,13 +238,7 @@ def train_run(run: Run, lines: list[str] | None, out: Path) -> GPT2LMHeadModel:
         "lines": len(lines),
         "tokens_seen": config.steps * TOKENS,
         "right": {str(length): sum(of) / len(of) for length, of in right.items()},
-        "seconds": round(sum(row["seconds"] for row in curve), 1),
-        "cpu_seconds": round(sum(row["cpu_seconds"] for row in curve), 1),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "curve": curve,
+        **of_this_run(curve),
     }
     with replacing(folder / "model.safetensors") as partial:
         save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, partial)
@@ -281,9 +274,7 @@ def ship(out: Path, folder: Path) -> None:
 
 def shipped_logs(folder: Path = SHIPPED) -> dict[str, dict]:
     """The logs in `folder`, by the names of their runs."""
-    return {
-        path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))
-    }
+    return read_logs(folder)
 
 
 def shipped_model(name: str, folder: Path = SHIPPED) -> GPT2LMHeadModel:

@@ -8,7 +8,6 @@ effort.
 
 import functools
 import json
-import platform
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 
 from course_utils.data.batches import TrainingBatches, token_stream
@@ -36,6 +34,7 @@ from course_utils.evaluation.estimate import over_units
 from course_utils.files import replacing
 from course_utils.models import LoadedModel, load_model
 from course_utils.training.course_lm import held_out_loss
+from course_utils.training.logs import of_this_run, read_logs
 from course_utils.training.loop import TrainConfig
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "distillation"
@@ -156,13 +155,7 @@ def train_run(run: Run, teacher: LoadedModel, out: Path) -> dict:
         **_evaluated(found),
         **({"own_text": own_text(student, teacher)} if run in WAYS else {}),
         "writes": continuations({"": student}, teacher.tokenizer, prompt, new_tokens=32).texts[""],
-        "seconds": round(sum(row["seconds"] for row in curve), 1),
-        "cpu_seconds": round(sum(row["cpu_seconds"] for row in curve), 1),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "curve": curve,
+        **of_this_run(curve),
     }
     with replacing(_log(run, out)) as partial:
         partial.write_text(json.dumps(log, indent=1) + "\n", "utf-8")
@@ -218,9 +211,7 @@ def best_rate(run: Run, out: Path) -> float:
 
 def shipped_logs(folder: Path = SHIPPED) -> dict[str, dict]:
     """The logs in `folder`, by the names of their runs."""
-    return {
-        path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))
-    }
+    return read_logs(folder)
 
 
 def paired(log: dict, other: dict) -> Estimate:

@@ -8,7 +8,6 @@ kinds, in runs of `SWEEP_TOKENS`, and each kind takes the one with the lowest he
 import hashlib
 import json
 import math
-import platform
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import load_model, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -38,6 +36,7 @@ from course_utils.training.course_lm import (
     VOCABULARY,
     held_out_loss,
 )  # fmt: skip
+from course_utils.training.logs import of_this_run, read_logs
 from course_utils.training.loop import TrainConfig, train
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "bitnet"  # what `ship` wrote for the notebook
@@ -216,13 +215,7 @@ def train_run(run: Run, stream: Tensor, held_out: Tensor, out: Path) -> dict:
         "parameters": model.num_parameters(),
         "parameters_without_embedding": model.num_parameters() - embedding,
         "held_out": min(row["held_out"] for row in curve),  # nats per token, of the weights kept
-        "seconds": round(sum(row["seconds"] for row in curve), 1),
-        "cpu_seconds": round(sum(row["cpu_seconds"] for row in curve), 1),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "curve": curve,
+        **of_this_run(curve),
     }
     weights = {name: value.detach() for name, value in model.named_parameters()}
     with replacing(folder / "model.safetensors") as partial:
@@ -293,9 +286,7 @@ def model_card(log: dict) -> str:
 
 def shipped_logs(folder: Path = SHIPPED) -> dict[str, dict]:
     """The logs in `folder`, by the names of their runs: settings, held-out loss, curve, seconds."""
-    return {
-        path.stem: json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))
-    }
+    return read_logs(folder)
 
 
 def shipped_model(name: str, folder: Path = SHIPPED) -> BitNetForCausalLM:

@@ -61,9 +61,9 @@ def asked() -> str:
 
 def is_compiled(device: torch.device) -> bool:
     """Whether `library()` computes on `device`, as `COURSE_KERNELS` asks."""
-    if device.type != "cpu" or asked() not in ("auto", "compiled"):
+    if device.type != "cpu" or (name := asked()) not in ("auto", "compiled"):
         return False
-    if asked() == "compiled":
+    if name == "compiled":
         library()
     return _is_there()
 

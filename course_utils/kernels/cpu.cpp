@@ -11,8 +11,9 @@
 //
 //     sum (q - zero) * scale * x = scale * (sum q * x - zero * x_sum)
 //
-// Left out for readability: intrinsics (GCC's vector types, which Clang has too, become AVX2, AVX-512 or NEON),
-// prefetching, and blocking over rows.
+// GCC's vector types, which Clang has too, become AVX2, AVX-512 or NEON. Intrinsics stand only where the
+// compiler does not find the instruction, under __AVX2__ and beside portable code. Left out for readability:
+// blocking over rows.
 
 #include <algorithm>
 #include <cmath>
@@ -181,7 +182,6 @@ inline bool to_int8(const float* x, bool are_codes, int8_t* codes, float* scale,
 // COUNT bytes of codes, and of inputs. A product adds neighbours, and so its sums are twice as wide.
 template <int COUNT>
 struct Bytes {
-  typedef typename Vector<uint8_t, COUNT>::type Codes;
   typedef typename Vector<uint16_t, COUNT / 2>::type Words;  // two codes each
   typedef typename Vector<int16_t, COUNT / 2>::type Shorts;
   typedef typename Vector<int32_t, COUNT / 4>::type Ints;

@@ -84,10 +84,9 @@ class GroupedCodes:
 
 def backend(weight: GroupedCodes) -> Literal["torch", "compiled", "triton"]:
     """What multiplies with `weight`: as `COURSE_KERNELS` says, its device, its shape and its strides."""
-    if asked() == "triton" or (asked() == "auto" and weight.codes.is_cuda):
-        from course_utils.kernels import (
-            triton_grouped,  # it imports Triton, which a CPU does without
-        )
+    if (name := asked()) == "triton" or (name == "auto" and weight.codes.is_cuda):
+        # It imports Triton, which a CPU does without.
+        from course_utils.kernels import triton_grouped
 
         return "triton" if triton_grouped.takes(weight) else "torch"
     has_code = weight.tile is not None and is_compiled(weight.codes.device)
