@@ -13,10 +13,10 @@ sign), grouped-query attention has its fold as well, and GPT-2 its own, a featur
 no scale, and ranges are searched on all tokens, not on 512.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,8 @@ from course_utils.grids.uniform import (
 )
 from course_utils.models.walk import BlockInputs, Call, LinearLayer, hidden_states, linear_layers
 from course_utils.quantizers.affine import Affine, AffineWeight
+
+Part = TypeVar("Part", Tensor, list[Call])  # of what candidates are tried on
 
 # Candidates (ratio, duo) of a search. "duo" scales by mean|x|^ratio / mean|w|^(1 - ratio): ratio 0 is not the
 # identity there, which comes first therefore.
@@ -125,7 +127,7 @@ class FoundScale:
     ratio: float
     duo: bool
     # Mean squared error of the inspected module's output for each candidate of the grid, in its order; NaN
-    # for those that were left out after the first sequences.
+    # for those that were left out after the first part.
     losses: tuple[float, ...]
 
 
@@ -139,10 +141,11 @@ class AWQ(Method):
     all, without a search. 0 leaves the block as it is.
     `clip`: whether the range of each group is searched, 1.00 to 0.55 times its largest magnitude;
     queries and keys keep theirs. With ratio 0 and no clipping this is round-to-nearest, code for code.
-    `finalists`: a module of several layers has to run for each candidate. All candidates run on the first
-    eighth of the calibration sequences, and then only the `finalists` that lose least there, and ratio
-    0, on the others. None: all candidates on all sequences, as the authors do. Single layers take no
-    run: they are judged on all sequences.
+    `finalists`: all candidates are tried on a small part, and then only the `finalists` that lose least
+    there, and ratio 0, on the rest. The part of a module of several layers, which has to run for each
+    candidate, is the first sixteenth of the calibration sequences; that of a single layer, whose inputs'
+    products tell its error without a run, every eighth output. None: all candidates on everything, as the
+    authors do.
     """
 
     n_bits: int = 4
@@ -150,7 +153,7 @@ class AWQ(Method):
     symmetric: bool = False
     ratio: float | str = "authors"
     clip: bool = True
-    finalists: int | None = 4
+    finalists: int | None = 2
     scale_dtype: Literal["float16", "float32"] = "float16"
     name: ClassVar[str] = "awq"
     weight_type: ClassVar[type] = AffineWeight
@@ -309,16 +312,12 @@ class AWQ(Method):
             activation_scale(magnitude, ratio, of_weights if duo else None)
             for ratio, duo in self.candidates
         ]
+        scales_of_columns = [scale[index] for scale in scales]
         if calls is None:
-            (layer,) = layers
-            W, products = layer.weight.float(), seen.products
-            losses = [
-                squared_output(W - self.rounded(W, scale[index]), products) / len(W)
-                for scale in scales
-            ]
+            losses = self._layer_losses(*layers, scales_of_columns, seen.products)
         else:
             module = block.get_submodule(fold.inspected)
-            losses = self._module_losses(module, layers, [s[index] for s in scales], calls)
+            losses = self._module_losses(module, layers, scales_of_columns, calls)
         finite = [loss if loss < torch.inf else torch.inf for loss in losses]  # NaN is not less
         best = finite.index(min(finite))
         if finite[best] == torch.inf:
@@ -330,6 +329,20 @@ class AWQ(Method):
         ratio, duo = self.candidates[best]
         return FoundScale(fold, scales[best], ratio, duo, tuple(losses))
 
+    def _layer_losses(
+        self, layer: LinearLayer, scales: list[Tensor], products: Tensor
+    ) -> list[float]:
+        """Mean squared error of the layer's output, rounded with each of `scales`, for inputs' `products`."""
+        W = layer.weight.float()
+        part = torch.arange(len(W), device=W.device) % 8 == 0
+        if self.finalists is None:
+            part[:] = True
+
+        def squared(number: int, rows: Tensor) -> float:
+            return squared_output(rows - self.rounded(rows, scales[number]), products)
+
+        return self._in_two_rounds(squared, W[part], W[~part], len(W))
+
     def _module_losses(
         self, module: nn.Module, layers: list[LinearLayer], scales: list[Tensor], calls: list[Call]
     ) -> list[float]:
@@ -339,18 +352,23 @@ class AWQ(Method):
             with _weights(layers, [self.rounded(layer.weight, scales[number]) for layer in layers]):
                 return sum(_squared_difference(module, call) for call in some)
 
-        numbers = range(len(scales))
-        first = len(calls) if self.finalists is None else max(1, len(calls) // 8)
-        totals = {number: squared(number, calls[:first]) for number in numbers}
-        kept = list(numbers)
-        if first < len(calls):
-            by_loss = sorted(numbers, key=lambda n: (not totals[n] < torch.inf, totals[n]))
-            kept = by_loss[: self.finalists]
-            kept += [n for n in numbers if self.candidates[n][0] == 0 and n not in kept][:1]
-            for number in kept:
-                totals[number] += squared(number, calls[first:])
+        first = len(calls) if self.finalists is None else max(1, len(calls) // 16)
         elements = sum(hidden_states(call.output).numel() for call in calls)
-        return [totals[n] / elements if n in kept else torch.nan for n in numbers]
+        return self._in_two_rounds(squared, calls[:first], calls[first:], elements)
+
+    def _in_two_rounds(
+        self, squared: Callable[[int, Part], float], part: Part, rest: Part, elements: int
+    ) -> list[float]:
+        """Each candidate's `squared(number, ...)` over `part` and `rest`, by `elements`; NaN if left out."""
+        totals = {number: squared(number, part) for number in range(len(self.candidates))}
+        kept = list(totals)
+        if len(rest):
+            by_loss = sorted(totals, key=lambda n: (not totals[n] < torch.inf, totals[n]))
+            kept = by_loss[: self.finalists]
+            kept += [n for n in totals if self.candidates[n][0] == 0 and n not in kept][:1]
+            for number in kept:
+                totals[number] += squared(number, rest)
+        return [totals[n] / elements if n in kept else torch.nan for n in totals]
 
 
 def _grouped(weight: Tensor, group_size: int | Literal["row"]) -> Tensor:
