@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from inspect import get_annotations
 from types import NoneType, UnionType
 from typing import ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from course_utils.kernels import GroupedCodes, backend, grouped_linear
+from course_utils.kernels import GroupedCodes, grouped_linear
 from course_utils.models.walk import BlockInputs
 
 Layout = TypeVar("Layout", Tensor, tuple[Tensor, ...])
@@ -66,6 +67,11 @@ class QuantizedWeight:
         They stand for exactly the values of `dequantize`.
         """
         return None
+
+    @cached_property
+    def kernel_codes(self) -> GroupedCodes | None:
+        """`grouped()`, made when first asked for and then kept: a small product takes no longer than that."""
+        return self.grouped()
 
     def layout(self, make: Callable[["QuantizedWeight"], Layout]) -> Layout:
         """`make(self)`, made when first asked for and then kept: a kernel's own layout of the weight.
@@ -245,13 +251,11 @@ def all_finite(x: Tensor) -> bool:
 def dequantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """`x @ W.T + bias` with the values of the codes, for `x` `[tokens, in]`, in the dtype of `x`.
 
-    Compiled kernels read the packed codes where they can (`kernels.backend`). Elsewhere weight and bias
-    take the dtype of `x` here, since what is stored does not follow the model's (`QuantizedLinear`).
+    Kernels read the packed codes where they can (`kernels.backend`). Elsewhere weight and bias take the
+    dtype of `x` here, since what is stored does not follow the model's (`QuantizedLinear`).
     """
-    codes = weight.grouped()
-    if codes is not None and backend(codes) == "compiled":
-        y = grouped_linear(x, codes)
-        return y if bias is None else y.add_(bias)
+    if (codes := weight.kernel_codes) is not None:
+        return grouped_linear(x, codes, bias)
     return F.linear(x, weight.dequantize().to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
@@ -317,7 +321,7 @@ class QuantizedLinear(nn.Module):
     @property
     def quantized_weight(self) -> QuantizedWeight:
         """The weight, over the module's own buffers (so it follows `.to(device)`)."""
-        now = {name: getattr(self, name) for name in self._stored}
+        now = {name: self._buffers[name] for name in self._stored}
         # The same one as before, and so with the layouts that kernels have made of it, while it holds.
         if any(getattr(self._weight, name) is not tensor for name, tensor in now.items()):
             self._weight = replace(self._weight, **now)

@@ -6,6 +6,7 @@ holding the float weight, and so does Triton for few inputs on a GPU (`compiled.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -63,12 +64,18 @@ class GroupedCodes:
         if self.columns % groups:
             raise ValueError(f"{groups} groups do not divide {self.columns} columns")
 
-    @property
+    @cached_property
     def tile(self) -> int | None:
         """Codes that the compiled product reads at a time, or None where it has no code for this weight."""
         width = self.columns // self.scale.shape[1]
         tiles = [tile for tile in TILES if width % tile == 0]
         return tiles[0] if tiles and self.n_bits in COMPILED_WIDTHS else None
+
+    @cached_property
+    def has_compiled_code(self) -> bool:
+        """Whether the compiled product can read this weight: its shape, and its tensors in memory."""
+        tensors = self.codes, self.scale, self.zero, self.codebook
+        return self.tile is not None and all(t is None or t.is_contiguous() for t in tensors)
 
     def dequantize(self) -> Tensor:
         """The weight `[out, columns]` in float32."""
@@ -89,16 +96,18 @@ def backend(weight: GroupedCodes) -> Literal["torch", "compiled", "triton"]:
         from course_utils.kernels import triton_grouped
 
         return "triton" if triton_grouped.takes(weight) else "torch"
-    has_code = weight.tile is not None and is_compiled(weight.codes.device)
-    tensors = weight.codes, weight.scale, weight.zero, weight.codebook
-    contiguous = all(tensor is None or tensor.is_contiguous() for tensor in tensors)
-    return "compiled" if has_code and contiguous else "torch"
+    compiled = weight.has_compiled_code and is_compiled(weight.codes.device)
+    return "compiled" if compiled else "torch"
 
 
 def grouped_linear(
-    x: Tensor, weight: GroupedCodes, *, inputs: Literal["float", "int8", "codes"] = "float"
+    x: Tensor,
+    weight: GroupedCodes,
+    bias: Tensor | None = None,
+    *,
+    inputs: Literal["float", "int8", "codes"] = "float",
 ) -> Tensor:
-    """`x @ W.T` for float `x` `[tokens, columns]`, `[tokens, out]` in the dtype of `x`.
+    """`x @ W.T + bias` for float `x` `[tokens, columns]`, `[tokens, out]` in the dtype of `x`.
 
     With `inputs` "int8" each tile of a token's inputs (`rounded_inputs`) is first rounded to 8 bits; "codes"
     says that `x` holds whole numbers of -127 to 127 already. Raises ValueError or TypeError for an `x` of
@@ -119,21 +128,32 @@ def grouped_linear(
         if chosen == "triton" and len(x) <= PREFILL and x.dtype != torch.float64:
             from course_utils.kernels.triton_grouped import triton_linear
 
-            return triton_linear(x, weight)
-        return F.linear(x, weight.dequantize().to(x.dtype))
+            return _plus(triton_linear(x, weight), bias)
+        bias = None if bias is None else bias.to(x.dtype)
+        return F.linear(x, weight.dequantize().to(x.dtype), bias)
+    return _plus(_compiled(x, weight, inputs).to(x.dtype), bias)
+
+
+def _plus(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y.add_(bias)
+
+
+def _compiled(x: Tensor, weight: GroupedCodes, inputs: str) -> Tensor:
+    """`x @ W.T` by `cpu.cpp`, float32."""
     values = x.detach().float().contiguous()
+    if len(x) > PREFILL:
+        if inputs == "int8":
+            values = rounded_inputs(values, weight.tile)
+        return _by_decoded_rows(values, weight)
     y = values.new_empty(len(x), len(weight.codes))
-    integers = inputs != "float" and weight.n_bits != 3 and weight.codebook is None
-    if integers and len(x) <= PREFILL:
+    if inputs != "float" and weight.n_bits != 3 and weight.codebook is None:
         of_inputs = values.data_ptr(), inputs == "codes", y.data_ptr()
         if not _call(library().int8_product, weight, *of_inputs, len(x)):
-            return y.to(x.dtype)
+            return y
     if inputs == "int8":  # as floats: there is no code for integers here, or for a NaN
         values = rounded_inputs(values, weight.tile)
-    if len(x) > PREFILL:
-        return _by_decoded_rows(values, weight).to(x.dtype)
     _call(library().float_product, weight, values.data_ptr(), y.data_ptr(), len(x))
-    return y.to(x.dtype)
+    return y
 
 
 def rounded_inputs(x: Tensor, tile: int) -> Tensor:

@@ -180,7 +180,7 @@ class BitNet(Method):
 
     def _sums(self, codes: Tensor, weight: TernaryWeight) -> Tensor:
         """`codes @ trits.T` of whole floats `[tokens, in]`; exact by whoever computes it."""
-        grouped = weight.grouped()
+        grouped = weight.kernel_codes
         # Sums of 2 * 127 are whole in float32 up to 2^24.
         if grouped is not None and backend(grouped) == "compiled" and weight.columns <= 2**16:
             return grouped_linear(codes, replace(grouped, scale=grouped.zero), inputs="codes")
