@@ -183,17 +183,17 @@ def test_bytes_decode_to_few_symmetric_values_and_each_weight_to_its_nearest(
             assert ((w - q).abs() <= distances + 1e-5).all()
 
 
-@given(st.integers(0, 2**31), st.integers(2, 30))
-@settings(deadline=None, max_examples=40)
-def test_the_scale_of_two_bits_is_close_to_the_best_of_all(seed, n):
-    w = normal(1, n, seed=seed)
-    sizes = w.abs().flatten().sort().values.double()
-    tried = []
+@pytest.mark.parametrize("n", [16, 64])
+def test_scales_of_two_bits_are_close_to_the_best_of_all(n):
+    w = normal(200, n)
+    sizes = w.abs().sort(1).values
+    gains = []
     for k in range(n + 1):  # so many go to the small level, the others to three times that
-        level = torch.where(torch.arange(n) < k, 1.0, 3.0).double()
-        tried.append((sizes * level).sum() ** 2 / level.square().sum())
-    best = (sizes.square().sum() - max(tried)) / sizes.square().sum()
-    assert relative_error(w, back(w, n_bits=2)) <= 2 * best.item() + 0.02
+        level = torch.where(torch.arange(n) < k, 1.0, 3.0)
+        gains.append((sizes * level).sum(1).square() / level.square().sum())
+    best = (sizes.square().sum() - torch.stack(gains).amax(0).sum()) / sizes.square().sum()
+    found = relative_error(w, back(w, n_bits=2, group_size="row"))
+    assert best <= found + 1e-6 and found <= 1.06 * best
 
 
 @pytest.mark.parametrize("n_bits", [1, 2, 3, 4])
@@ -202,7 +202,6 @@ def test_no_scale_of_the_search_is_worse_than_its_beginning(n_bits):
     levels = uniform_levels(n_bits)
     found = relative_error(weight, back(weight, n_bits=n_bits, group_size="row"))
     start = NORMAL_HALF_STEPS[n_bits] * weight.square().mean(1, keepdim=True).sqrt()
-    size = (weight.abs() / start / 2 + 0.5).floor().clamp(1, len(levels)) * 2 - 1
     size = ((weight.abs() / start + 1) / 2).floor().clamp(0, len(levels) - 1) * 2 + 1
     assert found <= relative_error(weight, weight.sign() * size * start) + 1e-6
 
@@ -273,17 +272,14 @@ def test_packed_products_are_those_of_the_decoded_weight(n_bits, group_size):
     [
         {},
         {"n_bits": 2, "levels": "lloyd_max", "group_size": 64},
-        {"planes": 2, "group_size": "row"},
-        {"n_bits": 2, "group_size": 64, "compensate": True},
+        {"planes": 2, "group_size": 128, "compensate": True},
     ],
 )
 def test_a_model_is_quantized_saved_and_loaded(grid, tmp_path):
     model, tokenizer = load_model("course-lm")
     made = get_method("ultra_low", **grid)
-    tokens = torch.arange(1200).view(4, 300) % 1000
-    report = quantize_model(
-        model, made, calibration=tokens[:, :256] if made.needs_calibration else None
-    )
+    tokens = torch.arange(1024).view(4, 256)
+    report = quantize_model(model, made, calibration=tokens if made.needs_calibration else None)
     assert report.bits_per_weight < 2.6
     if grid:
         model.save_pretrained(tmp_path)

@@ -204,7 +204,7 @@ class UltraLow(Method):
             )
         out, columns = weight.shape
         width = weight.numel() if self.group_size == "tensor" else self._width(columns)
-        groups = weight.float().reshape(-1, width)  # [groups, width], of all rows
+        groups = weight.float().contiguous().view(-1, width)  # [groups, width], of all rows
         scale, levels, codes = self._fitted(groups)
         shape = (self.planes, 1, 1) if self.group_size == "tensor" else (self.planes, out, -1)
         scale, codes = scale.reshape(shape), codes.reshape(self.planes, out, columns)
