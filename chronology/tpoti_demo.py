@@ -130,7 +130,7 @@ plt.show()
 model, tokenizer = load_model("course-lm", dtype=profile.dtype, device=profile.device)
 layers = {layer.name: layer.weight.float().cpu() for layer in linear_layers(model)}
 normal = torch.randn(1000, 1000, generator=draw)
-place = "transformer.h.1.attn.c_attn"
+place = "transformer.h.0.attn.c_proj"
 examples = {"normal": normal, place: layers[place]}
 
 
@@ -160,8 +160,8 @@ plt.show()
 # *Figure: relative squared error over alpha, for normal weights and for a matrix of course-lm. Dots mark the mean magnitude. The dashed line is a matrix of
 # zeros.*
 #
-# Both dots lie at the bottom of their parabola. The real matrix loses more: it has more small and more very large weights than a normal distribution, and one
-# magnitude serves neither.
+# Both dots lie at the bottom of their parabola. The real matrix, one of those that lose most, has more small and more very large weights than a normal
+# distribution, and one magnitude serves neither.
 
 # %%
 shares = {name: lost(W, W.abs().mean() * sign(W)) for name, W in layers.items()}
@@ -260,7 +260,7 @@ print(f"float {nats:.2f} nats; all tokens alike {math.log(4096):.2f} nats")
 # In the model, one bit costs {{tpoti.controls.signs.loss:.2f}} ± {{tpoti.controls.signs.loss_error:.2f}} nats per token. Shuffled magnitudes cost
 # {{tpoti.controls.shuffled.more:+.2f}} ± {{tpoti.controls.shuffled.more_error:.2f}} more than that, random signs {{tpoti.controls.random_signs.loss:.2f}} ±
 # {{tpoti.controls.random_signs.loss_error:.2f}} in all. With all linear layers at zero {{tpoti.controls.zeros.loss:.2f}} ±
-# {{tpoti.controls.zeros.loss_error:.2f}} are lost. To put that into proportion: the float model needs {{tpoti.course-lm.float.nats:.2f}} nats for a token, and
+# {{tpoti.controls.zeros.loss_error:.2f}} are lost: a matrix with random signs is worse than none. To put that into proportion: the float model needs {{tpoti.course-lm.float.nats:.2f}} nats for a token, and
 # one that finds all 4,096 tokens alike {{tpoti.uniform.nats:.2f}}.
 #
 # ## Two bits: four levels
@@ -332,7 +332,10 @@ for n_bits, alpha in ((1, alpha_1), (2, alpha_2)):
     ours = two_bits(W, alpha) if n_bits == 2 else alpha * sign(W)
     apart = (lost(W, weight.dequantize()) - lost(W, ours)) / lost(W, ours)
     assert abs(apart) < 1e-3
-    print(f"{n_bits} bits: {weight.nbytes:,} bytes for {W.numel():,} weights;", end=" ")
+    print(
+        f"{n_bits}-bit codes: {weight.nbytes:,} bytes for {W.numel():,} weights;",
+        end=" ",
+    )
     print(f"lost {lost(W, weight.dequantize()):.4f}, by our lines {lost(W, ours):.4f}")
 
 # %% [markdown]
@@ -417,12 +420,12 @@ for n_bits, found in widths.items():
 # they write?
 
 # %%
-speaking = {"float": model} | {f"{n} bits": m for n, (m, _) in made.items()}
+speaking = {"float": model} | {f"{n}-bit": m for n, (m, _) in made.items()}
 print(continuations(speaking, tokenizer, prompt_of("course-lm")))
 
 # %% [markdown]
-# Each line is the same prompt, continued with the likeliest token. Read from the top: where does the sense go, where the grammar, and where does the model
-# begin to repeat itself?
+# Each line is the same prompt, continued with the likeliest token. Eight bits write what the float model writes. At four and three bits the words are others,
+# and still of the subject. At two bits words break. At one bit no sentence is left.
 #
 # ## Where does the error come from?
 #
@@ -446,9 +449,10 @@ of_kinds = compare_all(alone, model, text)
 
 # %%
 bars = {
-    f"{n} bits": {kind: of_kinds[kind, n].loss.value for kind in kinds} for n in (1, 2)
+    f"{n}-bit": {kind: of_kinds[kind, n].loss.value for kind in kinds} for n in (1, 2)
 }
 figure = sensitivity_bars(bars, "nats lost per token")
+figure.set_figheight(3)
 plt.show()
 
 # %% tags=["folded"]
@@ -470,8 +474,10 @@ table(rows, {"sum of the four": ".2f", "all at once": ".2f"})
 # In the recorded run at one bit `c_attn` alone costs {{tpoti.kinds.attn_c_attn.w1.loss:.2f}} ± {{tpoti.kinds.attn_c_attn.w1.loss_error:.2f}} nats, the
 # attention's output {{tpoti.kinds.attn_c_proj.w1.loss:.2f}} ± {{tpoti.kinds.attn_c_proj.w1.loss_error:.2f}}, the MLP's two
 # {{tpoti.kinds.mlp_c_fc.w1.loss:.2f}} ± {{tpoti.kinds.mlp_c_fc.w1.loss_error:.2f}} and {{tpoti.kinds.mlp_c_proj.w1.loss:.2f}} ±
-# {{tpoti.kinds.mlp_c_proj.w1.loss_error:.2f}}. No single kind is to blame. The four add up to {{tpoti.kinds.sum.w1.loss:.2f}}, where all at once cost
-# {{tpoti.course-lm.w1_tensor.loss:.2f}}; at two bits {{tpoti.kinds.sum.w2.loss:.2f}} stand beside {{tpoti.course-lm.w2_tensor.loss:.2f}}.
+# {{tpoti.kinds.mlp_c_proj.w1.loss_error:.2f}}. `c_attn` costs most, at two bits more than the other three
+# together, and every kind takes part. The four add up to {{tpoti.kinds.sum.w1.loss:.2f}}, where all at once cost
+# {{tpoti.course-lm.w1_tensor.loss:.2f}}: what one kind has destroyed, another cannot destroy again. At two bits {{tpoti.kinds.sum.w2.loss:.2f}} stand beside
+# {{tpoti.course-lm.w2_tensor.loss:.2f}}.
 #
 # ### Block after block
 #
@@ -508,8 +514,8 @@ tokens = text.tokens[: text.window][None]
 depth = {"own error": {}, "error in all": {}}
 for n_bits in (4, 3, 2, 1):
     own, in_all = by_block(model, made[n_bits][0], tokens)
-    depth["own error"][f"{n_bits} bits"] = own
-    depth["error in all"][f"{n_bits} bits"] = in_all
+    depth["own error"][f"{n_bits}-bit"] = own
+    depth["error in all"][f"{n_bits}-bit"] = in_all
     for key, values in (("own", own), ("all", in_all)):
         of_depth = f"tpoti.depth.w{n_bits}.{key}"
         record(of_depth, values[-1], "", 0.1, model="course-lm")
@@ -552,7 +558,7 @@ for n_bits in (1, 2):
         point = report.bits_per_weight, found.loss.value, found.loss.error
         for values, value in zip(of_width, point, strict=True):
             values.append(value)
-    points[f"{n_bits} code bits"] = of_width
+    points[f"{n_bits}-bit codes"] = of_width
 table(rows, {"lost": ".3f", "bits per weight": ".3f", "perplexity": ",.1f"})
 
 # %%
@@ -626,7 +632,7 @@ if name != "course-lm":
     large, large_tokenizer = load_model(name, **where)
 protocol = Protocol("factbook", 2048, min(512, large.config.max_position_embeddings))
 large_text = protocol.text(large_tokenizer)
-steps = [(4, "tensor"), (2, "tensor"), (2, 64), (1, "tensor"), (1, 64)]
+steps = [(4, "tensor"), (2, "tensor"), (2, 64), (1, "tensor")]
 large_made = {step: packed(large, *step) for step in steps}
 
 # %%
@@ -658,16 +664,16 @@ if name != "course-lm":
 # %%
 speaking = {"float": large}
 for (n_bits, size), (m, _) in large_made.items():
-    speaking[f"{n_bits} bits, {size}"] = m
+    speaking[f"{n_bits}-bit, {size}"] = m
 print(continuations(speaking, large_tokenizer, prompt_of(name), new_tokens=24))
 
 # %%
-ids = large_text.tokens[: protocol.window][None]
+ids = large_text.tokens[:128][None]
 depth = {"own error": {}, "error in all": {}}
 for (n_bits, size), (m, _) in large_made.items():
     of_blocks = by_block(large, m, ids)
     for title, values in zip(depth, of_blocks, strict=True):
-        depth[title][f"{n_bits} bits, {size}"] = values
+        depth[title][f"{n_bits}-bit, {size}"] = values
 figure = ultra_low.error_over_depth(depth)
 plt.show()
 
@@ -676,8 +682,8 @@ plt.show()
 #
 # In the recorded run SmolLM2 loses {{tpoti.large.w4_tensor.loss:.2f}} ± {{tpoti.large.w4_tensor.loss_error:.2f}} nats at four bits with one scale for a matrix.
 # At two bits it is {{tpoti.large.w2_tensor.loss:.2f}} ± {{tpoti.large.w2_tensor.loss_error:.2f}}, in groups of 64 {{tpoti.large.w2_64.loss:.2f}} ±
-# {{tpoti.large.w2_64.loss_error:.2f}}; at one bit {{tpoti.large.w1_tensor.loss:.2f}} ± {{tpoti.large.w1_tensor.loss_error:.2f}} and
-# {{tpoti.large.w1_64.loss:.2f}} ± {{tpoti.large.w1_64.loss_error:.2f}}. Its float loss is {{tpoti.large.float.nats:.2f}} nats, and all tokens alike would cost
+# {{tpoti.large.w2_64.loss_error:.2f}}; at one bit {{tpoti.large.w1_tensor.loss:.2f}} ± {{tpoti.large.w1_tensor.loss_error:.2f}}. Its
+# float loss is {{tpoti.large.float.nats:.2f}} nats, and all tokens alike would cost
 # {{tpoti.large.uniform.nats:.2f}}. A model several times larger, with many more blocks, is no safer here: it falls deeper.
 #
 # ## What you saw
