@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["badge"]
-#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/tpoti_demo.ipynb)
 # # T-Poti: what is left of a model at one and two bits
 #
 # *Large Model Quantization: a deep dive. Milestone 7 of the chronology (2026).*
@@ -33,7 +33,39 @@
 # its codes. No profile needs a GPU; `quick` runs in under a minute, `cpu` in under five.
 
 # %% tags=["setup"]
+# Set-up: installs the course's package where it is missing, as on Colab.
+import importlib.metadata
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
 
+VERSION = "0.1.0"
+ARCHIVE = "https://github.com/adiel2012/model-size-reduction/archive/main.zip"
+if importlib.util.find_spec("course_utils") is None:
+    spec = "course_utils[oracles] @ " + os.environ.get("COURSE_UTILS_SPEC", ARCHIVE)
+    # What is installed already stays as it is: pip may only add to it.
+    pins = {}
+    for d in reversed(list(importlib.metadata.distributions())):
+        pins[re.sub("[-_.]+", "-", str(d.name)).lower()] = f"{d.name}=={d.version}\n"
+    pin = re.compile(r"\S+==\d+(\.\d+)*((a|b|rc|\.post|\.dev)\d+)*(\+[\w.]+)?\n")
+    with tempfile.TemporaryDirectory() as folder:
+        with open(f"{folder}/constraints.txt", "w") as file:
+            file.writelines(filter(pin.fullmatch, pins.values()))
+        command = [sys.executable, "-m", "pip", "install", "-c", file.name, spec]
+        pip = subprocess.run(command, capture_output=True, text=True)
+    if pip.returncode != 0:
+        hint = "If versions conflict on Colab: Runtime > Change runtime type > latest."
+        raise RuntimeError(f"pip failed:\n{(pip.stdout + pip.stderr)[-2000:]}{hint}")
+    importlib.invalidate_caches()
+import course_utils
+
+if course_utils.__version__ != VERSION:
+    found = f"The notebook needs course_utils {VERSION}, not {course_utils.__version__}"
+    remedy = "On Colab open it by its badge; elsewhere install its commit, and restart"
+    raise RuntimeError(f"{found}. {remedy}.")
 # %%
 import copy
 import math
