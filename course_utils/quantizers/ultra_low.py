@@ -271,7 +271,7 @@ class UltraLow(Method):
             g = i // size
             if i % size == 0 and size < columns:
                 group = W[:, i : i + size] - pending @ U[i - pending.shape[1] : i, i : i + size]
-                scale[:, :, g] = self._fitted(group.float(), levels)[0]
+                scale[:, :, g] = self._fitted(group.float().contiguous(), levels)[0]
             total = torch.zeros_like(w)
             for plane in range(self.planes):
                 S = scale[plane, :, g : g + 1].to(w)  # [out, 1], or [1, 1]
