@@ -30,7 +30,7 @@ def test_each_window_names_its_state_and_value():
     values = torch.arange(8) - 4.0
     shown = texts(ladder.moving_window([1, 0, 1, 1, 0, 0], 3, 1, values).axes[0])
     assert [t for t in shown if "state" in t] == ["state 5", "state 3", "state 6", "state 4"]
-    assert {"1.0", "−1.0", "2.0", "0.0"} <= set(shown)  # noqa: RUF001
+    assert {"1.0", "−1.0", "2.0", "0.0"} <= set(shown)
     with pytest.raises(ValueError, match="17 bits are too many to read"):
         ladder.moving_window([0] * 17, 16, 1, torch.zeros(2**16))
 
