@@ -670,7 +670,7 @@ print(continuations(speakers, tokenizer, prompt_of("course-lm"), new_tokens=24))
 # So we may multiply all that writes the hidden states by $Q$, and all that reads them by its transpose. LayerNorm also subtracts the mean, which depends on the axes. The mean must move into the matrices that write $x$ first, which leaves an RMSNorm.
 
 # %%
-from course_utils.pruning.rotation import random_rotation, rotated
+from course_utils.compression.rotation import random_rotation, rotated
 
 Q = random_rotation(8, 0).float()  # the Q of a QR decomposition
 x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import prune_linear_layer
 
+from course_utils.compression.rotation import random_rotation, rotated
 from course_utils.models.walk import LinearLayer, blocks, linear_layers
 from course_utils.pruning.importance import (
     activation,
@@ -20,7 +21,6 @@ from course_utils.pruning.importance import (
     random_scores,
     taylor,
 )
-from course_utils.pruning.rotation import random_rotation, rotated
 from course_utils.pruning.structured import (
     best_units,
     check_plain,

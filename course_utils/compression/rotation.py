@@ -2,7 +2,9 @@
 
 RMSNorm divides by the length of x, and a rotation Q keeps lengths: norm(x Q) = norm(x) Q. So all that
 writes hidden states is multiplied by Q, and all that reads them by its transpose (arXiv 2401.15024).
-Left out of the original: an own Q for each block, the directions found by PCA, and the cutting.
+Left out of the original: an own Q for each block, the directions found by PCA, and the cutting. With a
+randomized Hadamard matrix for Q it is the part of QuaRot (arXiv 2404.00456) that costs nothing when the model
+runs: it makes weights more alike. Left out of that: rotations that a running model has to compute.
 """
 
 import copy
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from course_utils.kernels import hadamard
 from course_utils.models.structure import norm_groups
 from course_utils.models.walk import LinearLayer, blocks, replace_module
 
@@ -28,6 +31,17 @@ def random_rotation(width: int, seed: int) -> Tensor:
     """An orthogonal matrix `[width, width]`: the Q of a QR decomposition of random numbers, float64."""
     draw = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(width, width, generator=draw, dtype=torch.float64)).Q
+
+
+def randomized_hadamard(width: int, seed: int) -> Tensor:
+    """The orthogonal `diag(signs) H^T / sqrt(width)` `[width, width]`, float64, H of `kernels.hadamard`.
+
+    Every entry has the magnitude 1 / sqrt(width), so each new feature mixes all old ones in equal parts. The
+    signs are drawn with `seed`. Raises `ValueError` for a width that has no such H.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    signs = 2.0 * torch.randint(0, 2, (width,), generator=draw) - 1
+    return hadamard(torch.diag(signs.double()))
 
 
 @torch.no_grad()
