@@ -74,6 +74,8 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import torch
 import transformers
+
+# %%
 from course_utils.compression import get_method, quantize_model
 from course_utils.data.tokens import calibration_tokens
 from course_utils.evaluation import (
@@ -91,6 +93,8 @@ from course_utils.grids.uniform import (
     scale_and_zero_point,
 )
 from course_utils.models import linear_layers
+
+# %%
 from course_utils.plotting import table
 from course_utils.plotting.diagrams import integer_data_flow
 from course_utils.plotting.noise import noise_by_source
@@ -201,6 +205,7 @@ texts = {
 }
 
 
+# %%
 def middle_layer(name):
     """(layer, W, b, x of the calibration text, x of the evaluation text)."""
     model, tokenizer = models[name]
@@ -218,6 +223,8 @@ first = next(iter(models))
 layer, W, b, x_seen, x = middle_layer(first)
 y, y_seen = x @ W.T + b, x_seen @ W.T + b
 print(f"{first}, {layer.name}: W {list(W.shape)}, x {list(x.shape)}, y {list(y.shape)}")
+
+# %%
 low, high = code_range(8, signed=True)
 grids, rows = {}, []
 for name, r in {"x": x_seen, "W": W, "y": y_seen}.items():
@@ -246,6 +253,7 @@ def sqnr(r, back):
     return 10 * math.log10(r.square().sum().item() / noise) if noise else math.inf
 
 
+# %%
 same = dequantize(x_codes, S_x, Z_x) @ dequantize(W_codes, S_W, Z_W).T + b
 apart = ((S_x * S_W * total - same).abs().max() / y.abs().max()).item()
 of_sums = sqnr(y, S_x * S_W * total)
@@ -284,7 +292,7 @@ record("integer_arithmetic.layer.width", width, "bits", 0, model=first)
 # half of $2^s$ before.
 
 
-# %% tags=["nbval-check-output"]
+# %%
 def to_fixed_point(M):
     """(m, s): M is about m * 2^-31 * 2^-s, m in [2^30, 2^31); 0 < M < 1."""
     M_0, exponent = math.frexp(M)  # M = M_0 * 2^exponent, M_0 in [0.5, 1)
@@ -292,6 +300,7 @@ def to_fixed_point(M):
     return (m, -exponent) if m < 2**31 else (2**30, -exponent - 1)
 
 
+# %%
 def times_fixed_point(total, m, s):
     """round(M * total) by integers alone; `total` int64."""
     upper = (total * m + 2**30) >> 31  # 2^30 is half of 2^31
@@ -299,6 +308,7 @@ def times_fixed_point(total, m, s):
     return upper.sign() * ((upper.abs() + half) >> s)  # a tie goes away from zero
 
 
+# %% tags=["nbval-check-output"]
 m, s = to_fixed_point(0.3)
 print(f"0.3 = 0.6 * 2^-1: m = round(0.6 * 2^31) = {m}, s = {s}")
 sums = torch.tensor([-1000, -7, -1, 1, 2, 4, 1000])
@@ -322,6 +332,7 @@ def integer_linear(x_codes):
     return (times_fixed_point(total, m, s) + Z_y).clamp(low, high)
 
 
+# %%
 constant = b_codes - Z_x * W_codes.sum(1) + W.shape[1] * Z_x * Z_W  # [out]
 M = S_x.item() * S_W.item() / S_y.item()
 m, s = to_fixed_point(M)
@@ -365,6 +376,7 @@ def round_trip(r, n_bits, minimum, maximum):
     return dequantize(quantize(r, S, Z, *ends), S, Z)
 
 
+# %%
 def noise(W, b, x_seen, x, n_bits, dim):
     """Noise `[tokens, out]` of each rounding alone, of all together, and y."""
     y, y_ends = x @ W.T + b, (x_seen @ W.T + b).aminmax()
@@ -387,6 +399,7 @@ def powers(name, parts, n_bits, dim):
     return {k: over_units(t, where, "documents") for k, t in of_token.items()}
 
 
+# %%
 SOURCES, parts, measured = ("weights", "inputs", "outputs"), {}, {}
 for name in models:
     parts[name] = middle_layer(name)[1:]

@@ -76,6 +76,8 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 import transformers
+
+# %%
 from course_utils.compression import get_method, quantize_model
 from course_utils.evaluation import (
     compare,
@@ -87,6 +89,8 @@ from course_utils.evaluation import (
 )
 from course_utils.evaluation.estimate import Estimate, with_error
 from course_utils.models import linear_layers, load_model
+
+# %%
 from course_utils.plotting import (
     error_against_bits,
     nats_against_bits,
@@ -193,14 +197,14 @@ plt.show()
 # *Figure: the mapping of the twelve weights above. Left: a staircase of eight steps from -1 to 2.5, flat outside. Right: the error, a sawtooth between
 # two dotted lines at half a step, which grows without bound in the two shaded regions outside.*
 #
-# Inside the range the error never leaves the band of half a step. Outside it grows with the number. All ranges are a compromise between these two errors.
+# Inside the range the error never leaves the band of half a step. Outside it grows with the number.
 #
 # ## The two functions
 #
 # The same on tensors. `S` and `Z` may have any shape that broadcasts against `r`.
 
 
-# %% tags=["nbval-check-output"]
+# %%
 def quantize(r, S, Z, low, high):
     """Real numbers to integer codes (int32)."""
     return (torch.round(r * (1 / S)) + Z).clamp(low, high).int()
@@ -211,6 +215,7 @@ def dequantize(q, S, Z):
     return S * (q - Z)
 
 
+# %% tags=["nbval-check-output"]
 r = torch.tensor([-1.0, -0.2, 0.0, 0.5, 3.0])
 S, Z = torch.tensor(4 / 255), torch.tensor(64)
 q = quantize(r, S, Z, 0, 255)
@@ -221,7 +226,7 @@ print("signed codes:  ", signed.tolist())
 
 # %% [markdown]
 # Unsigned codes run from 0 to 255, signed ones from -128 to 127. Subtract 128 from every code and from $Z$, and the same numbers come back: only the names
-# differ. (`r * (1 / S)` and `r / S` can differ in the last bit of a float. PyTorch multiplies, and so do we.)
+# differ.
 #
 # ## A surprise: 14 comes back as 12
 #
@@ -270,6 +275,7 @@ def grid(minimum, maximum, n_bits, kind="asymmetric"):
     return S, (low - torch.round(minimum / S)).clamp(low, high).int(), low, high
 
 
+# %%
 def round_trip(r, n_bits, kind="asymmetric"):
     """What comes back of `r` `[rows, n]`, with a grid for each row."""
     S, Z, low, high = grid(*r.aminmax(dim=-1, keepdim=True), n_bits, kind)
@@ -301,8 +307,8 @@ for row in conventions:
         record(key, row[kind], "dB", 0.05, model="normal")
 
 # %% [markdown]
-# In the recorded run half codes and narrow differ by less than a decibel at 8 bits. At 3 bits half codes have {{linear_mapping.normal.w3.half_codes:.2f}} dB and narrow ones {{linear_mapping.normal.w3.narrow:.2f}} dB, at 2 bits
-# {{linear_mapping.normal.w2.half_codes:.2f}} and {{linear_mapping.normal.w2.narrow:.2f}}. The more codes there are, the less the choice matters. Asymmetric grids are ahead at every width here, since among 64 numbers
+# At 3 bits, in the recorded run, half codes have {{linear_mapping.normal.w3.half_codes:.2f}} dB and narrow ones {{linear_mapping.normal.w3.narrow:.2f}} dB, at 2 bits
+# {{linear_mapping.normal.w2.half_codes:.2f}} and {{linear_mapping.normal.w2.narrow:.2f}}. At 8 bits the choice hardly matters. Asymmetric grids are ahead at every width here, since among 64 numbers
 # the minimum and the maximum are rarely equally far from zero.
 #
 # The course's round-to-nearest uses half codes where it is symmetric, as PyTorch's observers do. LLM.int8() and SmoothQuant use the narrow range, as their papers do. From here on all grids are asymmetric.
@@ -333,57 +339,36 @@ def half_away(x):
     return x.sign() * (x.abs() + 0.5).floor()
 
 
-def stochastic(x):
-    chance = torch.rand(x.shape, generator=generator)
-    return x.floor() + (chance < x - x.floor())
-
-
 ties = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])
 print("ties      ", ties.tolist())
 print("half even ", ties.round().int().tolist())
 print("half away ", half_away(ties).int().tolist())
 
+
+# %%
+def stochastic(x):
+    chance = torch.rand(x.shape, generator=generator)
+    return x.floor() + (chance < x - x.floor())
+
+
 # %%
 rules = {"half even": torch.round, "half away": half_away, "stochastic": stochastic}
 anywhere = 10 * torch.rand(100_000, generator=generator)  # unit: one step
-halves = torch.randint(0, 20, (100_000,), generator=generator) / 2  # every other a tie
 rows = []
 for name, rule in rules.items():
-    row = {"rule": name}
-    for title, x in (("anywhere", anywhere), ("ties", halves)):
-        error = rule(x) - x
-        row |= {f"{title}: mean": error.mean().item()}
-        row |= {f"{title}: squared": error.square().mean().item()}
-    updated = torch.zeros(1000)
+    updated, error = torch.zeros(1000), rule(anywhere) - anywhere
     for _ in range(100):  # a hundred updates of a tenth of a step
         updated = rule(updated + 0.1)
-    rows.append(row | {"100 times + 0.1": updated.mean().item()})
-table(rows, {name: "+.3f" for name in list(rows[0])[1:]})
+    rows.append({"rule": name, "squared error": error.square().mean().item()})
+    rows[-1]["a hundred times + 0.1"] = updated.mean().item()
+table(rows, {"squared error": ".3f", "a hundred times + 0.1": ".2f"})
 
 # %% [markdown]
-# Where numbers lie anywhere, ties hardly occur, and the first two rules do the same: a mean error of 0 and a squared error of 1/12 = 0.083. Where every other number is a tie,
-# half away shifts the mean by an eighth of a step (all numbers here are positive), and half to even does not. One draw of stochastic rounding has twice the squared error.
+# For numbers anywhere the first two rules do the same, with a squared error of 1/12 = 0.083 of a step's square. One draw of stochastic rounding has twice as much.
 # But it alone lets small updates add up: a hundred tenths become about 10, where rounding to the nearest loses each of them. That is why training in few bits uses it.
 #
-# ## Clipping against rounding
-#
-# Nothing says that the range must reach the largest number. Cut it off at $\pm c$, and the step shrinks with it. Here are the two errors for the same normal numbers at four bits, one
-# range for all.
-
-# %%
-rows = []
-for c in (1.5, 2.0, 2.5, 3.0, bell.abs().max().item()):
-    ends = torch.tensor(-c), torch.tensor(c)
-    S, Z, low, high = grid(*ends, 4, "half codes")
-    error = (bell - dequantize(quantize(bell, S, Z, low, high), S, Z)).square()
-    outside = bell.abs() > c
-    parts = [error[part].sum().item() / bell.numel() for part in (~outside, outside)]
-    rows.append({"c": c, "rounding": parts[0], "clipping": parts[1], "sum": sum(parts)})
-table(rows, {"c": ".2f", "rounding": ".4f", "clipping": ".4f", "sum": ".4f"})
-
-# %% [markdown]
-# As the range grows, clipping error falls and rounding error rises. The sum is least at 2.5 of these five, far inside the largest number. How to find the best range, and why the least squared error is not always what a
-# model wants, is the subject of `dynamic_range`. We go on with ranges that clip nothing.
+# Nothing says that a range must reach the largest number. A narrower one clips a few numbers and rounds the others in finer steps. How to find the best range is the
+# subject of `dynamic_range`. We go on with ranges that clip nothing.
 #
 # ## How large is the error? The $S^2/12$ law
 #
@@ -430,11 +415,11 @@ def by_law(r, n_bits):
     return 10 * math.log10(r.square().mean().item() / noise)
 
 
-all_bits = [2, 3, 4, 5, 6, 7, 8]
-measured, law = (
-    {name: [of(r, n) for n in all_bits] for name, r in sources.items()}
-    for of in (lambda r, n: sqnr(r, round_trip(r, n)), by_law)
-)
+# %%
+all_bits, measured, law = [2, 3, 4, 5, 6, 7, 8], {}, {}
+for name, r in sources.items():
+    measured[name] = [sqnr(r, round_trip(r, n)) for n in all_bits]
+    law[name] = [by_law(r, n) for n in all_bits]
 
 # %%
 panels, theory = {}, {}
@@ -517,7 +502,7 @@ plt.show()
 # *Figure: two histograms of the same row of weights with the 4-bit levels as vertical lines. Above, the levels of the whole
 # tensor; below, the row's own sixteen levels. The titles give the SQNR.*
 #
-# Few levels of the tensor fall where the row has weights; the others serve an extreme weight elsewhere. The row's own sixteen span just the row.
+# Few levels of the tensor fall where the row has weights. The row's own sixteen span just the row.
 #
 # Finer scales cost bits. With a float16 scale and a zero point of $n$ bits for each group of $g$ weights, a weight takes
 # $n + (16 + n) / g$ bits:
@@ -530,8 +515,7 @@ for g in (1024, 128, 64, 32, 16):
 table(rows, {f"{n} bits": ".3f" for n in (8, 4, 3, 2)})
 
 # %% [markdown]
-# Groups of 16 at three bits cost more than four bits with 1,024 to a scale. Whether fine scales are worth their bits is a question for the
-# measurement below.
+# Groups of 16 at three bits cost more than four bits with 1,024 to a scale. Are fine scales worth their bits? We measure that below.
 #
 # ## Packing
 #
@@ -539,7 +523,7 @@ table(rows, {f"{n} bits": ".3f" for n in (8, 4, 3, 2)})
 # one after the other into a stream of bits, lowest bit first, which is then cut into bytes.
 
 
-# %% tags=["nbval-check-output"]
+# %%
 def pack(codes, n_bits):
     """Codes `[n]` to bytes `[ceil(n * n_bits / 8)]`, lowest bit first."""
     bits = codes[:, None] >> torch.arange(n_bits) & 1  # [n, n_bits]
@@ -547,6 +531,7 @@ def pack(codes, n_bits):
     return (stream.view(-1, 8) << torch.arange(8)).sum(1).to(torch.uint8)
 
 
+# %% tags=["nbval-check-output"]
 codes = torch.tensor([1, 2, 3, 0])
 print({n: pack(codes, n).tolist() for n in (8, 4, 3, 2)})
 
@@ -561,7 +546,7 @@ plt.show()
 # bytes without waste. Unpacking goes the same way back.
 
 
-# %% tags=["nbval-check-output"]
+# %%
 def unpack(packed, n_bits, n):
     """The first `n` codes of `pack`'s bytes."""
     stream = (packed[:, None].int() >> torch.arange(8) & 1).flatten()
@@ -569,6 +554,7 @@ def unpack(packed, n_bits, n):
     return (bits << torch.arange(n_bits)).sum(1).int()
 
 
+# %% tags=["nbval-check-output"]
 for n_bits in (8, 4, 3, 2):
     codes = torch.arange(1000) % 2**n_bits
     assert torch.equal(unpack(pack(codes, n_bits), n_bits, 1000), codes.int())
@@ -680,8 +666,7 @@ speakers = {"float": model, **in_groups[name]}
 print(continuations(speakers, tokenizer, prompt_of(name), new_tokens=16))
 
 # %% [markdown]
-# The 8-bit model says what the float model says, nearly or to the letter. With fewer bits the text first differs, then repeats itself, and at 2 bits of rounding to nearest no language is left on SmolLM2. (Methods of later notebooks do better
-# at the same bytes.) One text proves nothing; it shows the size of a nat.
+# The 8-bit model says what the float model says, nearly or to the letter. With fewer bits the text first differs, then repeats itself, and at 2 bits of rounding to nearest no language is left on SmolLM2. One text proves nothing; it shows the size of a nat.
 #
 # The noise inside the cells of SmolLM2's old grid has a price too. We compare the dithered model with the plain one on the same tokens.
 
@@ -722,6 +707,7 @@ def gains(W):
     return gained
 
 
+# %%
 def over_layers(values):
     """Mean and standard error over layers."""
     error = values.std().item() / len(values) ** 0.5
@@ -754,7 +740,7 @@ for (name, size), (ordered, shuffled, lost, kept) in control.items():
 
 # %% [markdown]
 # It is mostly the number. On course-lm, in the recorded run, shuffled weights keep {{linear_mapping.course-lm.group_gain_kept:.0%}} of the gain of groups and {{linear_mapping.course-lm.row_gain_kept:.0%}} of that of rows. A group is good because it is *small*: it rarely holds an
-# extreme weight, and when it does, few others suffer. The rest is real as well: order is worth {{linear_mapping.course-lm.row_gain_lost:.2f}} ± {{linear_mapping.course-lm.row_gain_lost_error:.2f}} dB for rows, so rows do differ in size.
+# extreme weight. The rest is real as well: order is worth {{linear_mapping.course-lm.row_gain_lost:.2f}} ± {{linear_mapping.course-lm.row_gain_lost_error:.2f}} dB for rows, so rows do differ in size.
 #
 # ## Is it right? The package, PyTorch and llama.cpp
 #
@@ -819,13 +805,12 @@ for title, kept in (("Q4_1, float16 minimum", stored), ("ours, zero point", own)
 # - **To codes and back.** $r = S(q - Z)$ gave 0 back exactly, and every number inside the range within half a step. Outside, the error had no bound. Symmetric grids come in two conventions; with half codes the largest positive number comes back half a step short.
 # - **The error before measuring.** $S^2/12$ was right within {{linear_mapping.law.apart_8:.2f}} dB at 8 bits in the recorded run, and failed at few bits, where the dead zone took {{linear_mapping.zeros.tensor_3:.0%}} of one layer's weights at 3 bits.
 # - **Scales.** Three bits in groups of 64 beat four bits with one scale a tensor on course-lm, by {{linear_mapping.course-lm.fine_less_coarse:+.3f}} ± {{linear_mapping.course-lm.fine_less_coarse_error:.3f}} nats. The control found {{linear_mapping.course-lm.group_gain_kept:.0%}} of the gain in decibels without the weights' order: groups help because they are small.
-# - **Bytes.** Codes were packed without waste, and codes and bytes equal those of PyTorch and llama.cpp.
+# - **Bytes.** Codes were packed without waste. They equal PyTorch's codes, and `Q4_1`'s bytes equal llama.cpp's.
 # - **A model.** In groups of 64, course-lm lost {{linear_mapping.course-lm.w8_g64.loss:+.4f}} ± {{linear_mapping.course-lm.w8_g64.loss_error:.4f}} nats at 8 bits, {{linear_mapping.course-lm.w4_g64.loss:+.3f}} ± {{linear_mapping.course-lm.w4_g64.loss_error:.3f}} at 4, {{linear_mapping.course-lm.w3_g64.loss:+.3f}} ± {{linear_mapping.course-lm.w3_g64.loss_error:.3f}} at 3 and {{linear_mapping.course-lm.w2_g64.loss:+.2f}} ± {{linear_mapping.course-lm.w2_g64.loss_error:.2f}} at 2.
 #
 # ## Limits
 #
-# - Evenly spaced levels suit evenly spread numbers. Weights crowd around zero; NF4, the subject of a later notebook, puts its levels
-#   where they are.
+# - Evenly spaced levels suit evenly spread numbers. Weights crowd around zero; NF4 puts its levels where they are.
 # - Minimum and maximum are one choice of a range, at few bits a poor one: `dynamic_range`.
 # - The squared error of the weights is not that of the output, and not all weights matter alike. GPTQ rounds with the inputs in
 #   view, AWQ scales the weights that matter.

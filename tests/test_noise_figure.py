@@ -1,13 +1,16 @@
 """The figure of noise by source."""
 
 import pytest
+
 from course_utils.plotting.noise import noise_by_source
 
 PARTS = {"weights": 1.0, "inputs": 3.0, "outputs": 6.0}
 
 
 def test_each_bar_is_scaled_to_its_sum():
-    axis = noise_by_source({"a layer": PARTS, "louder": {k: 7 * v for k, v in PARTS.items()}}).axes[0]
+    axis = noise_by_source({"a layer": PARTS, "louder": {k: 7 * v for k, v in PARTS.items()}}).axes[
+        0
+    ]
     assert [bar.get_width() for bar in axis.patches] == pytest.approx(2 * [10, 30, 60])
     assert [bar.get_x() for bar in axis.patches] == pytest.approx(2 * [0, 10, 40])
     assert [text.get_text() for text in axis.texts] == 2 * ["10%", "30%", "60%"]
