@@ -383,14 +383,12 @@ table(rows, {"squared error": ".3f", "a hundred times + 0.1": ".2f"})
 
 # %%
 models = profile.load_models()
-weights = {  # [out, in] of every linear layer, by model and name
-    name: {x.name: x.weight.float().cpu() for x in linear_layers(model)}
-    for name, (model, _) in models.items()
-}
-first = next(iter(weights))
-peaks = {k: (W.abs().max() / W.std()).item() for k, W in weights[first].items()}
+first = next(iter(models))
+layers = linear_layers(models[first].model)
+weights = {x.name: x.weight.float().cpu() for x in layers}  # [out, in] each
+peaks = {name: (W.abs().max() / W.std()).item() for name, W in weights.items()}
 layer = max(peaks, key=peaks.get)
-W = weights[first][layer]
+W = weights[layer]
 print(f"{first}, {layer}: {list(W.shape)},", end=" ")
 print(f"largest weight {peaks[layer]:.1f} standard deviations")
 
@@ -574,9 +572,9 @@ for n_bits in (8, 4, 3, 2):
 
 # %%
 def protocol(name, model):
-    """The course's protocol; 2,048 tokens for models larger than course-lm."""
+    """The course's protocol; 1,024 tokens for models larger than course-lm."""
     full = profile.protocol(model)
-    return full if name == "course-lm" else replace(full, tokens=2048)
+    return full if name == "course-lm" else replace(full, tokens=1024)
 
 
 units = {"tensor": "tensor", "row": "row", GROUP_SIZE: f"group of {GROUP_SIZE}"}
@@ -691,7 +689,7 @@ else:
 #
 # Perhaps **neighbours are alike**: rows and groups differ in size, and each gets the scale that fits it. Or
 # perhaps it is **only their number**: among few numbers the largest is less extreme than among a million, whatever they are. The
-# control tells them apart: shuffle all weights of a layer, then quantize. What is left of the gain is due to number alone. We take the gain of each layer at 4 bits, and its mean over layers.
+# control tells them apart: shuffle all weights of a layer, then quantize. What is left of the gain is due to number alone. We take the gain of each layer of the smaller model at 4 bits, and its mean over layers.
 
 
 # %%
@@ -716,27 +714,26 @@ def over_layers(values):
 
 # %%
 rows, control = [], {}
-for name, W_of in weights.items():
-    of_layers = [gains(W) for W in W_of.values()]
-    for size in ("row", "group"):
-        both = torch.tensor([g[size] for g in of_layers])  # [layers, 2]
-        ordered, shuffled, lost = map(over_layers, (*both.T, both[:, 0] - both[:, 1]))
-        control[name, size] = ordered, shuffled, lost, shuffled.value / ordered.value
-        row = {"model": name, "one scale a": size, "kept": control[name, size][3]}
-        for title, e in (("gain", ordered), ("shuffled", shuffled), ("less", lost)):
-            row[f"{title}, dB"] = with_error(e.value, e.error)
-        rows.append(row)
+of_layers = [gains(W) for W in weights.values()]
+for size in ("row", "group"):
+    both = torch.tensor([g[size] for g in of_layers])  # [layers, 2]
+    ordered, shuffled, lost = map(over_layers, (*both.T, both[:, 0] - both[:, 1]))
+    control[size] = ordered, shuffled, lost, shuffled.value / ordered.value
+    row = {"one scale a": size, "kept": control[size][3]}
+    for title, e in (("gain", ordered), ("shuffled", shuffled), ("less", lost)):
+        row[f"{title}, dB"] = with_error(e.value, e.error)
+    rows.append(row)
 table(rows, {"kept": ".0%"})
 
 # %% tags=["folded"]
 # Record the control.
-for (name, size), (ordered, shuffled, lost, kept) in control.items():
-    key = f"linear_mapping.{name}.{size}_gain"
-    record(key, ordered.value, "dB", 0.05, model=name)
-    record(f"{key}_shuffled", shuffled.value, "dB", 0.1, model=name)
-    record(f"{key}_lost", lost.value, "dB", 0.1, model=name)
-    record(f"{key}_lost_error", lost.error, "dB", 0.1, model=name)
-    record(f"{key}_kept", kept, "", 0.02, model=name)
+for size, (ordered, shuffled, lost, kept) in control.items():
+    key = f"linear_mapping.{first}.{size}_gain"
+    record(key, ordered.value, "dB", 0.05, model=first)
+    record(f"{key}_shuffled", shuffled.value, "dB", 0.1, model=first)
+    record(f"{key}_lost", lost.value, "dB", 0.1, model=first)
+    record(f"{key}_lost_error", lost.error, "dB", 0.1, model=first)
+    record(f"{key}_kept", kept, "", 0.02, model=first)
 
 # %% [markdown]
 # It is mostly the number. On course-lm, in the recorded run, shuffled weights keep {{linear_mapping.course-lm.group_gain_kept:.0%}} of the gain of groups and {{linear_mapping.course-lm.row_gain_kept:.0%}} of that of rows. A group is good because it is *small*: it rarely holds an
@@ -815,7 +812,7 @@ for title, kept in (("Q4_1, float16 minimum", stored), ("ours, zero point", own)
 # - The squared error of the weights is not that of the output, and not all weights matter alike. GPTQ rounds with the inputs in
 #   view, AWQ scales the weights that matter.
 # - Nothing was computed with the codes: every product here is one of floats. Integers only: `integer_arithmetic`.
-# - SmolLM2 was measured on 2,048 tokens only. The errors say what that is worth.
+# - SmolLM2 was measured on 1,024 tokens only. The errors say what that is worth.
 #
 # ## Exercises
 #
