@@ -69,22 +69,35 @@ if course_utils.__version__ != VERSION:
 import copy
 import math
 import warnings
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import torch
 import transformers
+
+# %%
 from course_utils.compression import get_method, quantize_model
-from course_utils.data.tokens import calibration_tokens, evaluation_tokens
-from course_utils.evaluation import perplexity
+from course_utils.data.tokens import calibration_tokens
+from course_utils.evaluation import (
+    compare_all,
+    continuations,
+    difference,
+    format_difference,
+    prompt_of,
+)
+from course_utils.evaluation.estimate import over_units, with_error
 from course_utils.grids.uniform import (
     code_range,
     dequantize,
     quantize,
     scale_and_zero_point,
 )
-from course_utils.kernels import fixed_point, int8_matmul_zero_points
 from course_utils.models import linear_layers
-from course_utils.plotting import error_against_bits
+
+# %%
+from course_utils.plotting import table
+from course_utils.plotting.diagrams import integer_data_flow
+from course_utils.plotting.noise import noise_by_source
 from course_utils.profiles import resolve
 from course_utils.results import record
 
@@ -107,8 +120,24 @@ print(f"torch {torch.__version__}, transformers {transformers.__version__}")
 # floats, and some microcontrollers have no float unit at all. Can such a machine compute the layer from
 # the codes of $x$ to the codes of $y$?
 #
-# We want the error of the output, $\sum (y - \hat y)^2$, small in proportion to $\sum y^2$. In decibels that is
-# the **SQNR**, $10 \log_{10} (\sum y^2 / \sum (y - \hat y)^2)$: 20 dB is an error power of one percent.
+# Here is the way of one output, which this notebook builds step by step.
+
+# %%
+from course_utils.kernels import fixed_point
+
+x_codes = torch.tensor([90, -35, 7, 120], dtype=torch.int8)
+w_codes = torch.tensor([-12, 55, 101, 64], dtype=torch.int8)
+multiplier, shift = fixed_point.quantize_multiplier(0.0123)
+figure = integer_data_flow(x_codes, w_codes, multiplier, shift, zero_point=10)
+plt.show()
+
+# %% [markdown]
+# *Figure: codes of inputs and weights, 8 bits each, are multiplied and summed in 32 bits. An integer multiplier and a shift bring the sum back to 8 bits.*
+#
+# Every box holds integers. The factor 0.0123 stands in the picture as a 32-bit integer and a number of bits to shift.
+#
+# We want the error of the output small in proportion to $\sum y^2$. In decibels that is
+# the **SQNR**, $10 \log_{10} (\sum y^2 / \sum (y - \hat y)^2)$: at 20 dB the error has one percent of the power.
 #
 # ## The product, by hand
 #
@@ -131,21 +160,29 @@ raw = x_codes @ W_codes.T
 of_x = 2 * x_codes.sum(1, keepdim=True)  # Z_W times the sums of x's rows
 of_W = 1 * W_codes.sum(1)  # Z_x times the sums of W's rows
 total = raw - of_x - of_W + 3 * 1 * 2
-print("raw product:", raw.tolist(), " - ", of_x.tolist(), " - ", of_W.tolist(), " + 6")
+print("raw product:", raw.tolist(), "-", of_x.tolist(), "-", of_W.tolist(), "+ 6")
 print("total:      ", total.tolist(), " times S_x S_W:", (total * 0.5 * 0.25).tolist())
 x, W = 0.5 * (x_codes - 1), 0.25 * (W_codes - 2)
 print("in floats:                  ", (x @ W.T).tolist())
 
 # %% [markdown]
-# **How wide must the sums be?** One product of codes has a magnitude of up to $128 \cdot 128 = 2^{14}$, and 16 bits
-# do not hold the sum of two of that size. Hardware adds into 32 bits, which hold 131,071 of them: more inputs than any layer here has. The
+# The total, times the two scales, is the float product. The raw product alone is far from it.
+#
+# **How wide must the sums be?** A product of two codes has a magnitude of up to $128 \cdot 128$, and 16 bits do not hold the sum of two such products. Hardware adds into 32 bits. The corrected sum is made of differences, of up to $255 \cdot 255$ each.
+
+# %% tags=["nbval-check-output"]
+for title, largest in (("raw product", 128 * 128), ("corrected sum", 255 * 255)):
+    print(f"{title}: 32 bits surely hold {(2**31 - 1) // largest:,} terms")
+
+# %% [markdown]
+# The second number is the guarantee for any zero points. It is more than the inputs of any layer here. The
 # **bias** $b$ joins for nothing if it is stored in the unit of the sums: $q^b = \mathrm{round}(b / (S_x S_W))$, an int32 with
 # zero point 0 [@jacob2017integer].
 #
 # ## A real layer
 #
 # The weights are known; the inputs are not. Their range, and that of the outputs, has to be guessed before the first
-# input arrives, and so it is measured on other text, the *calibration* text. We take a layer from the middle of the model,
+# input arrives, and so it is measured on other text, the **calibration** text. We take a layer from the middle of the model,
 # one range from minimum to maximum for each matrix, and signed 8-bit codes.
 
 
@@ -160,32 +197,53 @@ def layer_input(model, module, tokens):
     return kept[0].flatten(0, -2).float().cpu()
 
 
+# %%
 models = profile.load_models()
-first, (model, tokenizer) = next(iter(models.items()))
-layers = linear_layers(model)
-layer = layers[len(layers) // 2]
-W = layer.weight.float().cpu()  # [out, in]
-b = torch.zeros(len(W)) if layer.bias is None else layer.bias.detach().float().cpu()
-tokens = calibration_tokens(tokenizer, 4, 256, seed=profile.seed)
-x_seen = layer_input(model, layer.module, tokens)
-x = layer_input(model, layer.module, evaluation_tokens(tokenizer, 256)[None])
+texts = {
+    name: replace(profile.protocol(model), tokens=2048).text(tokenizer)
+    for name, (model, tokenizer) in models.items()
+}
+
+
+# %%
+def middle_layer(name):
+    """(layer, W, b, x of the calibration text, x of the evaluation text)."""
+    model, tokenizer = models[name]
+    layer = linear_layers(model)[len(linear_layers(model)) // 2]
+    W, b = layer.weight.float().cpu(), layer.bias  # [out, in], [out]
+    b = torch.zeros(len(W)) if b is None else b.detach().float().cpu()
+    seen = calibration_tokens(tokenizer, 4, 256, seed=profile.seed)
+    windows = texts[name].tokens.view(-1, texts[name].window)
+    inputs = [layer_input(model, layer.module, t) for t in (seen, windows)]
+    return layer, W, b, *inputs
+
+
+# %%
+first = next(iter(models))
+layer, W, b, x_seen, x = middle_layer(first)
 y, y_seen = x @ W.T + b, x_seen @ W.T + b
 print(f"{first}, {layer.name}: W {list(W.shape)}, x {list(x.shape)}, y {list(y.shape)}")
-print(f"calibration: {len(x_seen):,} tokens, x from {x_seen.min():.2f} to", end=" ")
-print(f"{x_seen.max():.2f}; the test's x from {x.min():.2f} to {x.max():.2f}")
 
 # %%
 low, high = code_range(8, signed=True)
-grids = {
-    name: scale_and_zero_point(r.min(), r.max(), low, high, symmetric=False)
-    for name, r in {"x": x_seen, "W": W, "y": y_seen}.items()
-}
-for name, (S, Z) in grids.items():
-    print(f"{name}: S = {S:.6f}, Z = {Z}")
+grids, rows = {}, []
+for name, r in {"x": x_seen, "W": W, "y": y_seen}.items():
+    grids[name] = scale_and_zero_point(*r.aminmax(), low, high, symmetric=False)
+    row = {"matrix": name, "minimum": r.min().item(), "maximum": r.max().item()}
+    rows.append(row | {"S": grids[name][0].item(), "Z": grids[name][1].item()})
+table(rows, {"minimum": ".3f", "maximum": ".3f", "S": ".6f"})
+
+# %% [markdown]
+# Three scales and three zero points are all that is real-valued or off centre. Now the codes, their raw product, and the corrections.
+
+# %%
 (S_x, Z_x), (S_W, Z_W), (S_y, Z_y) = grids.values()
-x_codes = quantize(x, S_x, Z_x, low, high).long()
-W_codes = quantize(W, S_W, Z_W, low, high).long()
-b_codes = torch.round(b / (S_x * S_W)).long()
+x_codes = quantize(x, S_x, Z_x, low, high).long()  # [tokens, in]
+W_codes = quantize(W, S_W, Z_W, low, high).long()  # [out, in]
+b_codes = torch.round(b / (S_x * S_W)).long()  # [out]
+raw = x_codes @ W_codes.T  # int64 here; the values fit into int32
+total = raw - Z_W * x_codes.sum(1, keepdim=True) - Z_x * W_codes.sum(1)
+total += W.shape[1] * Z_x * Z_W + b_codes
 
 
 # %%
@@ -195,23 +253,27 @@ def sqnr(r, back):
     return 10 * math.log10(r.square().sum().item() / noise) if noise else math.inf
 
 
-raw = x_codes @ W_codes.T  # int64 here; the values fit into int32
-total = raw - Z_W * x_codes.sum(1, keepdim=True) - Z_x * W_codes.sum(1)
-total += W.shape[1] * Z_x * Z_W + b_codes
-bits = int(total.abs().max()).bit_length() + 1
-print(f"sums from {total.min():,} to {total.max():,}: {bits} bits with the sign")
+# %%
 same = dequantize(x_codes, S_x, Z_x) @ dequantize(W_codes, S_W, Z_W).T + b
-off = (S_x * S_W * total - same).abs().max() / y.abs().max()
-print(
-    f"against the float product of the same codes: at most {off:.0e} of max |y| apart"
-)
-print(f"against the float layer: {sqnr(y, S_x * S_W * total):.1f} dB")
-print(f"without the corrections: {sqnr(y, S_x * S_W * (raw + b_codes)):.1f} dB")
+apart = ((S_x * S_W * total - same).abs().max() / y.abs().max()).item()
+of_sums = sqnr(y, S_x * S_W * total)
+uncorrected = sqnr(y, S_x * S_W * (raw + b_codes))
+width = int(total.abs().max()).bit_length() + 1
+print(f"sums from {total.min():,} to {total.max():,}: {width} bits with the sign")
+print(f"against the float product of the same codes: {apart:.0e} of max |y| apart")
+print(f"against the float layer: {of_sums:.1f} dB; uncorrected {uncorrected:.1f} dB")
+
+# %% tags=["folded"]
+# Record the layer's sums.
+record("integer_arithmetic.layer.apart", apart, "", 1e-4, model=first)
+record("integer_arithmetic.layer.sums.sqnr", of_sums, "dB", 0.1, model=first)
+record("integer_arithmetic.layer.uncorrected.sqnr", uncorrected, "dB", 0.1, model=first)
+record("integer_arithmetic.layer.width", width, "bits", 0, model=first)
 
 # %% [markdown]
-# The integer form is no approximation: it is the float product of the dequantized matrices, up to the rounding of floats and of
-# the bias. What is lost is lost in the codes. The last line is a control: what comes out when the corrections are
-# forgotten.
+# The integer form is no approximation. It is the float product of the dequantized matrices, up to the rounding of floats and of
+# the bias: {{integer_arithmetic.layer.apart:.0e}} of the largest output in the recorded run. What is lost is lost in the codes: the sums have {{integer_arithmetic.layer.sums.sqnr:.1f}} dB against the float layer. The control, without the corrections, has {{integer_arithmetic.layer.uncorrected.sqnr:.1f}} dB. Below 0 dB
+# the error is larger than the output.
 #
 # ## Back to eight bits: requantization
 #
@@ -230,7 +292,7 @@ print(f"without the corrections: {sqnr(y, S_x * S_W * (raw + b_codes)):.1f} dB")
 # half of $2^s$ before.
 
 
-# %% tags=["nbval-check-output"]
+# %%
 def to_fixed_point(M):
     """(m, s): M is about m * 2^-31 * 2^-s, m in [2^30, 2^31); 0 < M < 1."""
     M_0, exponent = math.frexp(M)  # M = M_0 * 2^exponent, M_0 in [0.5, 1)
@@ -238,6 +300,7 @@ def to_fixed_point(M):
     return (m, -exponent) if m < 2**31 else (2**30, -exponent - 1)
 
 
+# %%
 def times_fixed_point(total, m, s):
     """round(M * total) by integers alone; `total` int64."""
     upper = (total * m + 2**30) >> 31  # 2^30 is half of 2^31
@@ -245,6 +308,7 @@ def times_fixed_point(total, m, s):
     return upper.sign() * ((upper.abs() + half) >> s)  # a tie goes away from zero
 
 
+# %% tags=["nbval-check-output"]
 m, s = to_fixed_point(0.3)
 print(f"0.3 = 0.6 * 2^-1: m = round(0.6 * 2^31) = {m}, s = {s}")
 sums = torch.tensor([-1000, -7, -1, 1, 2, 4, 1000])
@@ -253,8 +317,8 @@ print("by integers:     ", times_fixed_point(sums, m, s).tolist())
 print("exactly, rounded:", [round(0.3 * total) for total in sums.tolist()])
 
 # %% [markdown]
-# Look at the sum 1. Exactly, 0.3 rounds to 0. In integers 0.6 is rounded to 1 first, and then the half of it, a tie, to 1 again: the
-# price of rounding **twice**. The first rounding moves the result by at most $2^{-(s + 1)}$, so that only sums so close to a
+# A small surprise: the sums 1 and -1. Exactly, 0.3 rounds to 0. In integers 0.6 is rounded to 1 first, and then the half of it, a tie, to 1 again: the
+# price of rounding **twice**. The first rounding moves the result by at most $2^{-(s + 1)}$, so only sums that close to a
 # tie can end on the other side. With the shift of 1 here that is a quarter; a real layer's shift is usually larger.
 #
 # Now the layer is complete: all constants are integers, and so is every step between the codes that come in and those that go out.
@@ -268,28 +332,130 @@ def integer_linear(x_codes):
     return (times_fixed_point(total, m, s) + Z_y).clamp(low, high)
 
 
+# %%
 constant = b_codes - Z_x * W_codes.sum(1) + W.shape[1] * Z_x * Z_W  # [out]
 M = S_x.item() * S_W.item() / S_y.item()
 m, s = to_fixed_point(M)
 y_codes = integer_linear(x_codes)
-print(f"M = {M:.9f}: m = {m}, s = {s}, off by {abs(m / 2 ** (31 + s) / M - 1):.0e}")
 for t in (x_codes, W_codes, Z_x, Z_W, constant, y_codes):
     assert not t.is_floating_point()
+print(f"M = {M:.9f}: m = {m}, s = {s}, off by {abs(m / 2 ** (31 + s) / M - 1):.0e}")
+
+# %%
 by_float = (torch.round(total.double() * M) + Z_y).clamp(low, high)
-differ = (y_codes - by_float).abs()
-print(
-    f"codes that differ from rounding M * total once, in float64: {int(differ.sum())}"
-)
-print(f"of {differ.numel():,}, by at most {int(differ.max())}")
-outside = (y < y_seen.min()) | (y > y_seen.max())
-print(f"outputs outside the range from calibration: {int(outside.sum())}")
-back = dequantize(y_codes, S_y, Z_y)
-print(f"SQNR of the sums {sqnr(y, S_x * S_W * total):.1f} dB, of the codes", end=" ")
-print(f"{sqnr(y, back):.1f} dB")
+twice = int((y_codes != by_float).sum())
+clipped = int(((y < y_seen.min()) | (y > y_seen.max())).sum())
+of_codes = sqnr(y, dequantize(y_codes, S_y, Z_y))
+print(f"of {y_codes.numel():,} codes {twice} differ from rounding once, in float64")
+print(f"outputs outside the range from calibration: {clipped}")
+print(f"SQNR: the sums {of_sums:.1f} dB, the codes {of_codes:.1f} dB")
+
+# %% tags=["folded"]
+# Record the layer's codes.
+record("integer_arithmetic.layer.rounded_twice", twice, "", 20, model=first)
+record("integer_arithmetic.layer.codes", y_codes.numel(), "", 0, model=first)
+record("integer_arithmetic.layer.clipped", clipped, "", 5, model=first)
+record("integer_arithmetic.layer.codes.sqnr", of_codes, "dB", 0.1, model=first)
 
 # %% [markdown]
-# The codes that differ, if any do, were rounded twice. The second price of codes as output is in the last line, their own
-# rounding error, and the third is clipping: outputs larger than any that calibration saw.
+# In the recorded run rounding twice changed {{integer_arithmetic.layer.rounded_twice:.0f}} of {{integer_arithmetic.layer.codes:,.0f}} codes, and {{integer_arithmetic.layer.clipped:.0f}} outputs lay outside the range that calibration saw. Neither is the price.
+# The SQNR fell from {{integer_arithmetic.layer.sums.sqnr:.1f}} to {{integer_arithmetic.layer.codes.sqnr:.1f}} dB because the outputs were rounded to 8 bits.
+#
+# ## Which rounding costs how much?
+#
+# Three things are rounded: weights, inputs and outputs. We round one at a time and leave the others in float. Errors that are independent add as
+# *powers*, so we look at noise power in proportion to the output's power. We do it once with one scale for all of $W$ and once with one a row. A scale a *row* stays outside the sum over $k$: $M$ becomes one number for each
+# output, and nothing else changes. (A scale for each *group of columns* would stand inside the sum.)
+
+
+# %%
+def round_trip(r, n_bits, minimum, maximum):
+    """`r` on a grid of `n_bits` over the range from minimum to maximum."""
+    ends = code_range(n_bits, signed=True)
+    S, Z = scale_and_zero_point(minimum, maximum, *ends, symmetric=False)
+    return dequantize(quantize(r, S, Z, *ends), S, Z)
+
+
+# %%
+def noise(W, b, x_seen, x, n_bits, dim):
+    """Noise `[tokens, out]` of each rounding alone, of all together, and y."""
+    y, y_ends = x @ W.T + b, (x_seen @ W.T + b).aminmax()
+    ends = W.aminmax() if dim is None else W.aminmax(dim=dim, keepdim=True)
+    W_hat = round_trip(W, n_bits, *ends)
+    x_hat = round_trip(x, n_bits, *x_seen.aminmax())
+    outputs = {"weights": x @ W_hat.T + b, "inputs": x_hat @ W.T + b}
+    outputs["outputs"] = round_trip(y, n_bits, *y_ends)
+    outputs["all"] = round_trip(x_hat @ W_hat.T + b, n_bits, *y_ends)
+    return {name: y_hat - y for name, y_hat in outputs.items()}, y
+
+
+# %%
+def powers(name, parts, n_bits, dim):
+    """Noise power over the output's, per mille, with its error over documents."""
+    errors, y = noise(*parts, n_bits, dim)
+    signal = y.square().sum(1).mean()
+    of_token = {k: 1000 * e.square().sum(1) / signal for k, e in errors.items()}
+    where = texts[name].documents
+    return {k: over_units(t, where, "documents") for k, t in of_token.items()}
+
+
+# %%
+SOURCES, parts, measured = ("weights", "inputs", "outputs"), {}, {}
+for name in models:
+    parts[name] = middle_layer(name)[1:]
+    for scales, dim in (("tensor", None), ("row", 1)):
+        measured[name, scales] = powers(name, parts[name], 8, dim)
+
+# %%
+rows = []
+for (name, scales), found in measured.items():
+    row = {"model": name, "W's scales": f"one a {scales}"}
+    row |= {k: with_error(found[k].value, found[k].error) for k in SOURCES}
+    row["sum"] = sum(found[k].value for k in SOURCES)
+    rows.append(row | {"all": with_error(found["all"].value, found["all"].error)})
+table(rows, {"sum": ".3f"})
+
+# %%
+bars = {
+    f"{name},\nW: a scale a {scales}": {k: found[k].value for k in SOURCES}
+    for (name, scales), found in measured.items()
+}
+figure = noise_by_source(bars)
+plt.show()
+
+# %% tags=["folded"]
+# Record powers and shares.
+for (name, scales), found in measured.items():
+    key = f"integer_arithmetic.{name}.{scales}"
+    whole = sum(found[k].value for k in SOURCES)
+    for source, e in found.items():
+        tolerance = 0.1 * e.value
+        record(f"{key}.{source}", e.value, "per mille", tolerance, model=name)
+        record(f"{key}.{source}_error", e.error, "per mille", None, model=name)
+        if source != "all":
+            record(f"{key}.{source}_share", e.value / whole, "", 0.05, model=name)
+    record(f"{key}.sum", whole, "per mille", 0.1 * whole, model=name)
+
+# %% [markdown]
+# *Figure: share of weights, inputs and outputs in the noise power of one layer's output at 8 bits, a bar for each model and granularity of the weights' scales.*
+#
+# The table says per mille of the output's power, with one standard error over documents. In the recorded run, on course-lm with one scale for $W$, weights make {{integer_arithmetic.course-lm.tensor.weights_share:.0%}} of the noise, inputs
+# {{integer_arithmetic.course-lm.tensor.inputs_share:.0%}} and outputs {{integer_arithmetic.course-lm.tensor.outputs_share:.0%}}. The three add up to {{integer_arithmetic.course-lm.tensor.sum:.3f}}; rounded together they make {{integer_arithmetic.course-lm.tensor.all:.3f}} ± {{integer_arithmetic.course-lm.tensor.all_error:.3f}}. So the errors do add as powers, and the shares mean something.
+#
+# A scale a row divides the part of the weights, and the sum falls by little: the weights were the smallest part. On SmolLM2, inputs make {{integer_arithmetic.smollm2-135m-q4_1.row.inputs_share:.0%}} of the noise with a scale a row. **Who wants to improve an 8-bit layer looks at its inputs and
+# outputs first**, not at its weights. How does it go with fewer bits?
+
+# %%
+rows = []
+for n_bits in (8, 7, 6, 5, 4):
+    found = powers(first, parts[first], n_bits, 1)
+    rows.append({"bits": n_bits})
+    for k, e in found.items():
+        rows[-1][f"{k}, dB"] = -10 * math.log10(e.value / 1000)
+table(rows, {k: ".1f" for k in list(rows[0])[1:]})
+
+# %% [markdown]
+# Each bit less costs every source about 6 dB, as the law of `linear_mapping` says. The order of the three stays nearly the same.
 #
 # ## Is it right? The package and PyTorch
 #
@@ -297,7 +463,10 @@ print(f"{sqnr(y, back):.1f} dB")
 # layer takes unsigned inputs and symmetric weights, so it gets those. It multiplies integers too, but its last step is a
 # float multiplication, and its kernel depends on the processor: there we count the codes that differ.
 
-# %%
+# %% tags=["folded"]
+# Our layer against the package's functions: all codes equal.
+from course_utils.kernels import int8_matmul_zero_points
+
 sums = int8_matmul_zero_points(x_codes.to(torch.int8), Z_x, W_codes.to(torch.int8), Z_W)
 assert torch.equal(sums + b_codes, total)
 assert fixed_point.quantize_multiplier(M) == (m, s)
@@ -305,7 +474,8 @@ again = fixed_point.requantize(total.int(), m, s, Z_y, low, high)
 assert torch.equal(again.long(), y_codes)
 print(f"the package: {again.numel():,} codes, all equal")
 
-# %%
+# %% tags=["folded"]
+# Against PyTorch's int8 layer, where this PyTorch has one.
 S_sym, _ = scale_and_zero_point(W.min(), W.max(), -127, 127, symmetric=True)
 engine = torch.backends.quantized.engine
 if not hasattr(torch, "quantize_per_tensor") or engine == "none":
@@ -314,109 +484,91 @@ else:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         their_W = torch.quantize_per_tensor(W, S_sym.item(), 0, torch.qint8)
-        x_on_grid = dequantize(x_codes, S_x, Z_x)
-        their_x = torch.quantize_per_tensor(
-            x_on_grid, S_x.item(), Z_x.item() + 128, torch.quint8
-        )
+        on_grid, unsigned = dequantize(x_codes, S_x, Z_x), Z_x.item() + 128
+        their_x = torch.quantize_per_tensor(on_grid, S_x.item(), unsigned, torch.quint8)
         packed = torch.ops.quantized.linear_prepack(their_W, b)
         grid_y = S_y.item(), Z_y.item() + 128
         theirs = torch.ops.quantized.linear(their_x, packed, *grid_y).int_repr() - 128.0
     sums = (x_codes - Z_x) @ their_W.int_repr().long().T
     sums = (sums + torch.round(b / (S_x * S_sym))).int()
     fixed = fixed_point.quantize_multiplier((S_x * S_sym / S_y).item())
-    ours = fixed_point.requantize(sums, *fixed, Z_y, low, high)
-    differ = (ours - theirs).abs()
-    print(
-        f"PyTorch: {int((differ > 0).sum())} of {differ.numel():,} codes differ,",
-        end=" ",
-    )
-    print(f"by at most {int(differ.max())}")
+    differ = (fixed_point.requantize(sums, *fixed, Z_y, low, high) - theirs).abs()
+    print(f"PyTorch: {int((differ > 0).sum())} of {differ.numel():,} codes", end=" ")
+    print(f"differ, by at most {int(differ.max())}")
 
 # %% [markdown]
-# ## Which rounding costs how much?
-#
-# Three things are rounded: weights, inputs, outputs. We add them one after the other, for 4 to 8 bits, once with one scale for
-# all of $W$ and once with one a row. A scale a *row* stays outside the sum over $k$: $S_W$, and with it $M$, becomes one number for each
-# output, and nothing else changes. A scale for each *group of columns* would stand inside: one integer sum a group, to be scaled before they are added.
-# Here the rounding is simulated in floats, from which the integer layer differs in codes near a tie only.
-
-
-# %%
-def round_trip(r, minimum, maximum, n_bits):
-    """`r` on a grid of `n_bits` over the range from minimum to maximum."""
-    ends = code_range(n_bits, signed=True)
-    S, Z = scale_and_zero_point(minimum, maximum, *ends, symmetric=False)
-    return dequantize(quantize(r, S, Z, *ends), S, Z)
-
-
-panels, widths = {}, [4, 5, 6, 7, 8]
-for title, W_ends in {
-    "one scale for W": W.aminmax(),
-    "one scale a row of W": W.aminmax(dim=1, keepdim=True),
-}.items():
-    print(f"{title}: SQNR in dB")
-    print("            weights    + inputs   + outputs")
-    found = {"weights": [], "+ inputs": [], "+ outputs": []}
-    for n_bits in widths:
-        W_hat = round_trip(W, *W_ends, n_bits)
-        x_hat = round_trip(x, *x_seen.aminmax(), n_bits)
-        stages = [x @ W_hat.T + b, x_hat @ W_hat.T + b]
-        stages.append(round_trip(stages[1], *y_seen.aminmax(), n_bits))
-        for values, y_hat in zip(found.values(), stages, strict=True):
-            values.append(sqnr(y, y_hat))
-        print(f"{n_bits} bits" + "".join(f"{v[-1]:12.1f}" for v in found.values()))
-    panels[title] = {name: (widths, values) for name, values in found.items()}
-
-# %%
-figure = error_against_bits(panels, "SQNR of the output (dB)")
-plt.show()
-for name, (_, values) in panels["one scale a row of W"].items():
-    gain = values[-1] - panels["one scale for W"][name][1][-1]
-    print(f"8 bits, {name}: {gain:+.1f} dB by a scale a row")
-
-# %% [markdown]
-# *Figure: SQNR of the layer's output against bits per code, with one scale for the weights left and one a row right. Three
-# curves each: weights rounded, weights and inputs, and outputs as well.*
-#
-# Where two neighbouring curves of a panel lie together, the step between them costs little, since errors that are independent add as
-# powers: the largest decides. A finer scale for the weights helps the lower curves only as far as the weights are the bottleneck.
+# The package's codes are equal. From PyTorch's, at most a few differ, by one: they lie next to a tie, which a float and an integer factor may round to different sides.
 #
 # ## A whole model
 #
-# The method `affine` of the package rounds the weights of every linear layer, here with a scale a row, and on request its inputs: then
-# it multiplies integers, as above. It leaves the *outputs* in float; embeddings, attention and norms stay in float too. We measure bits per weight and **perplexity**: e to the mean
-# negative log probability of a token, about the number of tokens among which the model hesitates. Inputs stay float, or
-# get a grid for each token (`per_token`: exact ranges, but only known at run time), or one from calibration (`static`, as above).
+# The package's method `affine` rounds the weights of every linear layer, here with a scale a row, and on request its inputs: then
+# it multiplies integers, as above. *Outputs* stay in float, and so do embeddings, attention and norms. Inputs stay float, or
+# get a grid for each token (`per_token`: exact ranges, but only known at run time), or one from calibration (`static`, as above). We give the **nats** lost per token, on the same tokens, with one standard error over documents:
+# a nat is a unit of $-\log p$, with $p$ the probability of the token that came. **Perplexity** is $e$ to the mean of $-\log p$.
 
 # %%
+found, made = {}, {}
 for name, (model, tokenizer) in models.items():
-    window = min(512, model.config.max_position_embeddings)
-    tokens = evaluation_tokens(tokenizer, profile.pick(quick=2048, cpu=2048, gpu=8192))
     seen = calibration_tokens(tokenizer, 4, 256, seed=profile.seed)
-    reference = perplexity(model, tokens, window=window)
-    by = {"model": name, "corpus": "factbook", "tokens": len(tokens), "window": window}
-    print(f"{name}, float: perplexity {reference}")
+    made[name] = {}
     for inputs in ("float", "per_token", "static"):
         method = get_method("affine", n_bits=8, group_size="row", inputs=inputs)
-        quantized = copy.deepcopy(model)
-        report = quantize_model(quantized, method, calibration=seen)
-        ppl = perplexity(quantized, tokens, window=window).perplexity
-        print(
-            f"  inputs {inputs:9} {report.bits_per_weight:.3f} bits per weight,",
-            end=" ",
-        )
-        print(f"perplexity {ppl:.2f} ({ppl / reference.perplexity - 1:+.1%})")
-        key = f"integer_arithmetic.{name}.{inputs}.perplexity"
-        record(key, ppl, "", max(0.05, 0.02 * ppl), **by)
+        made[name][inputs] = copy.deepcopy(model)
+        quantize_model(made[name][inputs], method, calibration=seen)
+    found[name] = compare_all(made[name], model, texts[name])
+
+# %%
+rows = []
+for name, of_inputs in found.items():
+    for inputs, c in of_inputs.items():
+        row = {"model": name, "inputs": inputs, "nats lost": c.loss.value}
+        row |= {"±": c.loss.error, "perplexity": c.perplexity.perplexity}
+        rows.append(row | {"float perplexity": c.reference.perplexity})
+formats = {"nats lost": "+.4f", "±": ".4f", "perplexity": ".2f"}
+table(rows, formats | {"float perplexity": ".2f"})
+
+# %% tags=["folded"]
+# Record the table, and static less per_token, paired.
+for name, of_inputs in found.items():
+    measured_on = replace(profile.protocol(models[name].model), tokens=2048)
+    by = {"model": name, **measured_on.fields}
+    for inputs, c in of_inputs.items():
+        key, ppl = f"integer_arithmetic.{name}.{inputs}", c.perplexity.perplexity
+        record(f"{key}.perplexity", ppl, "", max(0.05, 0.02 * ppl), **by)
+        record(f"{key}.loss", c.loss.value, "nats", 0.02, **by)
+        record(f"{key}.loss_error", c.loss.error, "nats", None, **by)
+    less = difference(of_inputs["static"], of_inputs["per_token"])
+    key = f"integer_arithmetic.{name}.static_less_per_token"
+    record(key, less.value, "nats", 0.02, **by)
+    record(f"{key}_error", less.error, "nats", None, **by)
+    print(f"{name}, static less per_token: {format_difference(less)}")
 
 # %% [markdown]
-# Compare the last two lines of a model. Where `static` is much worse, a few values are so large that one range for all tokens makes
-# the step too wide for the rest: `dynamic_range` is about that. Where it is not, constants will do for the inputs.
+# On course-lm 8 bits cost next to nothing in any of the three forms. On SmolLM2, in the recorded run, 8-bit weights cost {{integer_arithmetic.smollm2-135m-q4_1.float.loss:.4f}} ± {{integer_arithmetic.smollm2-135m-q4_1.float.loss_error:.4f}} nats, inputs with a grid for each token {{integer_arithmetic.smollm2-135m-q4_1.per_token.loss:.3f}} ±
+# {{integer_arithmetic.smollm2-135m-q4_1.per_token.loss_error:.3f}}, and static inputs {{integer_arithmetic.smollm2-135m-q4_1.static.loss:.2f}} ± {{integer_arithmetic.smollm2-135m-q4_1.static.loss_error:.2f}}. A few of its input values are so large that one range for all tokens makes
+# the step too wide for the rest: `dynamic_range` is about that. One calibration text was used, and the errors do not hold what another one would change. Does one hear it?
+
+# %%
+name = list(models)[-1]
+model, tokenizer = models[name]
+speakers = {"float": model} | {f"inputs {k}": m for k, m in made[name].items()}
+print(continuations(speakers, tokenizer, prompt_of(name), new_tokens=16))
+
+# %% [markdown]
+# With float inputs the text is the float model's, or begins as it does. The more the inputs are rounded, the sooner it takes another way. It stays language: half a nat is no collapse.
+#
+# ## What you saw
+#
+# - **The product.** A plain product of codes and three corrections gave the float product of the same codes, within {{integer_arithmetic.layer.apart:.0e}} of the largest output in the recorded run. Without the corrections nothing was left of the output.
+# - **Back to 8 bits.** A multiplier of 31 bits and a shift replaced the real factor. Rounding twice changed {{integer_arithmetic.layer.rounded_twice:.0f}} of {{integer_arithmetic.layer.codes:,.0f}} codes.
+# - **A real layer.** From codes to codes it had {{integer_arithmetic.layer.codes.sqnr:.1f}} dB, with integers alone, and all codes equal the package's.
+# - **Who pays.** At 8 bits, with one scale for $W$, weights made {{integer_arithmetic.course-lm.tensor.weights_share:.0%}} of the noise, inputs {{integer_arithmetic.course-lm.tensor.inputs_share:.0%}} and outputs {{integer_arithmetic.course-lm.tensor.outputs_share:.0%}}. In a whole SmolLM2, static inputs cost {{integer_arithmetic.smollm2-135m-q4_1.static_less_per_token:+.2f}} ± {{integer_arithmetic.smollm2-135m-q4_1.static_less_per_token_error:.2f}} nats more than those with a grid for each token.
 #
 # ## Limits
 #
 # - The product is exact here, but it is not fast: PyTorch's int64 product and the package's, which adds pieces in float32, simulate
 #   what int8 hardware does. Nothing about time follows from this notebook.
+# - The shares are those of one layer in the middle of each model. Other layers have other inputs.
 # - Softmax, norms and activation functions like GELU need integer forms of their own; only ReLU comes for nothing (exercise 1).
 # - A fixed range clips what calibration did not see, silently.
 # - At four bits and fewer, weights want a scale for each group, which breaks the integer sum into pieces; many methods for
@@ -449,15 +601,17 @@ def relu_range(Z_y, low, high):
 
 
 # %% tags=["exercise-tests"]
-assert relu_range(-100, -128, 127)[0] == -100, "the code of 0 is the zero point"
+assert relu_range(-100, -128, 127)[0] == -100, "real 0 has the code Z_y, not the code 0"
 assert relu_range(-100, -128, 127)[1] == 127, "large values are kept"
 assert relu_range(-128, -128, 127) == (-128, 127), "nothing below 0 has a code here"
+assert relu_range(20, 0, 255) == (20, 255), "unsigned: `high` is 255, Z_y is 20"
 ### BEGIN HIDDEN TESTS
-probe = torch.arange(-5000, 5000, dtype=torch.int32)
-fixed = fixed_point.quantize_multiplier(0.0371)
-with_relu = fixed_point.requantize(probe, *fixed, 20, *relu_range(20, -128, 127))
-without = fixed_point.requantize(probe, *fixed, 20, -128, 127)
-assert torch.equal(with_relu - 20, (without - 20).relu())
+from course_utils.kernels.fixed_point import quantize_multiplier, requantize
+
+probe, fixed = torch.arange(-5000, 5000, dtype=torch.int32), quantize_multiplier(0.0371)
+with_relu = requantize(probe, *fixed, 20, *relu_range(20, -128, 127))
+without = requantize(probe, *fixed, 20, -128, 127)
+assert torch.equal(with_relu - 20, (without - 20).relu()), "the clamp does as a ReLU"
 ### END HIDDEN TESTS
 
 # %% [markdown] tags=["exercise-statement"]
@@ -470,12 +624,13 @@ assert torch.equal(with_relu - 20, (without - 20).relu())
 
 # %% tags=["exercise"]
 def folded_bias(W_codes, bias_codes, Z_x):
-    """int32 `[out]`; `x_codes @ W_codes.T` plus this is the corrected sum.
+    """Integers `[out]`; `x_codes @ W_codes.T` plus this is the corrected sum.
 
-    `W_codes` `[out, in]` with zero point 0; `bias_codes` `[out]` in units of S_x S_W.
+    `W_codes` `[out, in]` with zero point 0, int8 or wider; `bias_codes` `[out]` in
+    units of S_x S_W; `Z_x` an int.
     Approach: multiply out sum_k (q_x - Z_x) q_W, and see what holds no q_x.
     Example: W_codes [[1, 2]], bias_codes [10], Z_x = 3 gives [1].
-    Hint: int8 codes have to be summed in a wider type.
+    Hint: int8 codes have to be made wider before they are multiplied.
     """
     ### BEGIN SOLUTION
     return (bias_codes.long() - Z_x * W_codes.long().sum(1)).int()
@@ -485,16 +640,19 @@ def folded_bias(W_codes, bias_codes, Z_x):
 # %% tags=["exercise-tests"]
 found = folded_bias(torch.tensor([[1, 2]]), torch.tensor([10]), 3)
 assert found.tolist() == [1], "10 - 3 * (1 + 2) = 1: the correction is subtracted"
+found = folded_bias(torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 100]), 1)
+assert found.tolist() == [-3, 93], "sum over the inputs: one number for each row of W"
 many = torch.full((1, 1000), 100, dtype=torch.int8)
 found = folded_bias(many, torch.tensor([0]), -5)
-assert found.tolist() == [500_000], "sum in a wider type than int8"
+assert found.tolist() == [500_000], "-5 * 100 does not fit into int8: widen before"
 ### BEGIN HIDDEN TESTS
 draw = torch.Generator().manual_seed(0)
 q_x = torch.randint(-128, 128, (4, 50), generator=draw)
 q_W = torch.randint(-127, 128, (6, 50), generator=draw)
 q_b = torch.randint(-1000, 1000, (6,), generator=draw)
-want = (q_x - 17) @ q_W.T + q_b
-assert torch.equal(q_x @ q_W.T + folded_bias(q_W, q_b, 17), want)
+want = ((q_x - 17) @ q_W.T + q_b - q_x @ q_W.T)[0].tolist()
+found = folded_bias(q_W.to(torch.int8), q_b, 17).tolist()
+assert found == want, "what is left of the corrected sum without the raw product"
 ### END HIDDEN TESTS
 
 # %% [markdown] tags=["exercise-statement"]
@@ -522,22 +680,59 @@ def fixed_point_of_width(M, width):
 
 # %% tags=["exercise-tests"]
 assert fixed_point_of_width(0.375, 4) == (12, 5), "0.375 = 0.75 / 2 = 12 / 16 / 2"
+assert fixed_point_of_width(0.3, 8) == (154, 9), "153.6 is nearer to 154: round"
 assert fixed_point_of_width(0.99999, 4) == (8, 3), "m = 16 does not fit into 4 bits"
 sums = torch.arange(-40_000, 40_000)
-print("width   relative error of M   codes that differ from exact rounding")
 for width in (31, 15, 7):
     m, shift = fixed_point_of_width(0.00312345, width)
     ours = (sums * m + 2 ** (shift - 1)) >> shift
     differ = (ours != torch.round(sums.double() * 0.00312345)).double().mean()
-    print(f"{width:5} {abs(m / 2**shift / 0.00312345 - 1):17.0e} {differ:27.2%}")
+    print(f"{width} bits: {differ:.2%} of the codes differ from exact rounding")
 ### BEGIN HIDDEN TESTS
-for M in (0.5, 0.7, 1e-3, 3e-5):
-    for width in (8, 15, 31):
-        m, shift = fixed_point_of_width(M, width)
-        assert 2 ** (width - 1) <= m < 2**width
-        assert abs(m / 2**shift / M - 1) <= 2.0**-width
-m, shift = fixed_point.quantize_multiplier(0.3)
-assert fixed_point_of_width(0.3, 31) == (m, shift + 31)
+from course_utils.kernels.fixed_point import quantize_multiplier as of_package
+
+wanted = [(0.5, 8, (128, 8)), (0.7, 8, (179, 8)), (1e-3, 15, (16777, 24))]
+for M, width, pair in wanted:
+    assert fixed_point_of_width(M, width) == pair, f"{M} in {width} bits is {pair}"
+for M in (0.3, 1e-3, 3e-5):
+    m, shift = of_package(M)
+    found = fixed_point_of_width(M, 31)
+    assert found == (m, shift + 31), f"{M} in 31 bits is {m} / 2^{shift + 31}"
+### END HIDDEN TESTS
+
+# %% [markdown] tags=["exercise-statement"]
+# ### Exercise 4: the longest sum
+# *Difficulty 3/5 · 15 minutes · 2 points · no GPU*
+#
+# Signed 8-bit codes, -128 to 127, with zero points that are known. How many terms $(q^x - Z_x)(q^W - Z_W)$ does an int32 surely hold, if their sum may have a magnitude of at most $2^{31} - 1$?
+
+
+# %% tags=["exercise"]
+def longest_sum(Z_x, Z_W):
+    """The largest n for which no sum of n corrected products exceeds 2^31 - 1.
+
+    Approach: how far from its zero point can a code be, at the one end or the other?
+    Example: Z_x = Z_W = 0 gives 131,071; Z_x = Z_W = -128 gives 33,025.
+    Hint: a zero point at one end of the range makes the other end the far one.
+    """
+    ### BEGIN SOLUTION
+    far_x, far_W = (max(127 - Z, Z + 128) for Z in (Z_x, Z_W))
+    return (2**31 - 1) // (far_x * far_W)
+    ### END SOLUTION
+
+
+# %% tags=["exercise-tests"]
+assert longest_sum(0, 0) == 131_071, "products reach 128 * 128, the sum 2^31 - 1"
+assert longest_sum(-128, -128) == 33_025, "codes reach 127: 255 away, not 256"
+assert longest_sum(0, -128) == 65_793, "each of the two has a distance of its own"
+assert longest_sum(100, 0) == 73_584, "Z = 100 is far from -128: 228 steps"
+### BEGIN HIDDEN TESTS
+for Z_x, Z_W in ((10, -3), (127, 127), (-60, 90)):
+    products = [
+        abs((q_x - Z_x) * (q_W - Z_W)) for q_x in (-128, 127) for q_W in (-128, 127)
+    ]
+    n = (2**31 - 1) // max(products)
+    assert longest_sum(Z_x, Z_W) == n, f"{n} terms for {Z_x} and {Z_W}: try all ends"
 ### END HIDDEN TESTS
 
 # %% [markdown]

@@ -72,19 +72,37 @@ import math
 import warnings
 from dataclasses import replace
 
-import gguf
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+
+# %%
 from course_utils.compression import get_method, quantize_model
-from course_utils.data.tokens import evaluation_tokens
-from course_utils.evaluation import compare, perplexity
-from course_utils.grids import uniform
-from course_utils.kernels import packing
+from course_utils.evaluation import (
+    compare,
+    compare_all,
+    continuations,
+    difference,
+    format_difference,
+    prompt_of,
+)
+from course_utils.evaluation.estimate import Estimate, with_error
 from course_utils.models import linear_layers, load_model
-from course_utils.plotting import error_against_bits, staircase, values_on_grid
+
+# %%
+from course_utils.plotting import (
+    error_against_bits,
+    nats_against_bits,
+    staircase,
+    table,
+    values_on_grid,
+)
+from course_utils.plotting.diagrams import (
+    bits_in_bytes,
+    four_matrices,
+    grids_on_a_line,
+)
 from course_utils.profiles import resolve
 from course_utils.results import record
 
@@ -106,47 +124,59 @@ generator = torch.Generator().manual_seed(profile.seed)
 # %% [markdown]
 # ## The question
 #
-# A weight of a neural network is a float of 16 or 32 bits. With `n_bits` bits there are only $2^{n}$ different
+# A weight of a neural network is a float of 16 or 32 bits. With $n$ bits there are only $2^{n}$ different
 # codes: 256 with eight bits, 16 with four, 4 with two. Which real numbers should the codes stand for, and
 # which code should a given number get?
 #
-# The simplest answer is the **linear** (or *affine*, or *uniform*) mapping: evenly spaced values,
+# The simplest answer is the **linear** (or *affine*, or *uniform*) mapping to evenly spaced values:
 #
 # $$ r = S\,(q - Z). $$
 #
 # | | name | what it is |
 # | --- | --- | --- |
 # | $r$ | real value | what we want to store |
-# | $q$ | code | an integer from $q_{min}$ to $q_{max}$; all that is stored for each number |
+# | $q$ | code | an integer; all that is stored for each number |
 # | $S$ | scale | the step between two neighbouring values, a positive float |
 # | $Z$ | zero point | the code of the real number 0; an integer too |
 #
-# $S$ and $Z$ are shared by many numbers: that is where the saving comes from. The **objective** is to keep the squared
-# error $\sum (r - \hat r)^2$ small, where $\hat r$ is what comes back. Behind it stands a second one, which no
-# formula gives: the quality of the model.
+# $S$ and $Z$ are shared by many numbers: that is where the saving comes from. Here are twelve weights that share $S = 0.5$ and $Z = 2$, with codes of three bits.
+
+# %% tags=["nbval-check-output"]
+W = torch.tensor(
+    [[-1, 0.2, 0.9, 2.5], [0.6, -0.4, 0, 1.3], [1.9, -0.7, 0.3, 2.2]]
+)  # [out=3, in=4]
+q = (torch.round(W / 0.5) + 2).int()
+print(q.tolist())
+
+# %%
+figure = four_matrices(W, q, 0.5 * (q - 2))
+plt.show()
+
+# %% [markdown]
+# *Figure: the 3 by 4 matrix four times: as floats, as codes, as what the codes stand for, and as the error. Red is positive and blue negative; darker codes are larger.*
+#
+# Only the second matrix is stored, in 3 bits a weight. The third looks like the first, and no error is larger than 0.25, half a step. The **objective** is to keep the
+# squared error small. Behind it stands another one, which no formula gives: the quality of the model.
 #
 # ## By hand
 #
-# Let our numbers lie between -1 and 3, and let the codes be 0 to 255. Spread the range over the 255 steps between
+# Who chooses $S$ and $Z$? Let our numbers lie between -1 and 3, and let the codes be 0 to 255. Spread the range over the 255 steps between
 # the codes, and let the lowest number get the code 0:
 #
 # $$ S = \frac{r_{max} - r_{min}}{q_{max} - q_{min}}, \qquad
 # Z = q_{min} - \mathrm{round}(r_{min} / S), \qquad
 # q = \mathrm{clamp}\big(\mathrm{round}(r / S) + Z,\; q_{min},\; q_{max}\big). $$
 
-# %% tags=["nbval-check-output"]
+# %%
 S = (3 - -1) / (255 - 0)
 Z = 0 - round(-1 / S)
-print(f"S = 4 / 255 = {S:.6f},  Z = round({1 / S:.2f}) = {Z}")
+rows = []
 for r in (0.5, 0.0, -1.0, 3.0, 3.5):
-    steps = r / S
-    q = min(max(round(steps) + Z, 0), 255)
+    q = min(max(round(r / S) + Z, 0), 255)
     back = S * (q - Z)
-    print(
-        f"r = {r:4}: {steps:6.2f} steps from zero, code {q:3d}, back to {back:+.5f}, "
-        f"error {r - back:+.5f}"
-    )
-print(f"half a step is {S / 2:.5f}")
+    rows.append({"r": r, "r / S": r / S, "code": q, "back": back, "error": r - back})
+print(f"S = 4 / 255 = {S:.6f},  Z = round({1 / S:.2f}) = {Z},  S / 2 = {S / 2:.5f}")
+table(rows, {"r": "g", "r / S": ".2f", "back": "+.5f", "error": "+.5f"})
 
 # %% [markdown]
 # Four things to see:
@@ -158,24 +188,23 @@ print(f"half a step is {S / 2:.5f}")
 #   that moved the whole grid. It never moves by more than half a step.
 # - 3.5 lies outside. `clamp` gives it the last code, and its error grows with its distance: that is
 #   **clipping error**.
-#
-# With only eight codes the mapping can be seen.
 
 # %%
 figure = staircase(scale=0.5, zero_point=2, low=0, high=7)
 plt.show()
 
 # %% [markdown]
-# *Figure: the mapping with S = 0.5, Z = 2 and codes 0 to 7. Left: a staircase of eight steps along the diagonal from -1 to 2.5,
-# flat outside. Right: the error, a sawtooth between two dotted lines at plus and minus half a step, which grows without bound in
-# the two shaded regions outside.*
+# *Figure: the mapping of the twelve weights above. Left: a staircase of eight steps from -1 to 2.5, flat outside. Right: the error, a sawtooth between
+# two dotted lines at half a step, which grows without bound in the two shaded regions outside.*
+#
+# Inside the range the error never leaves the band of half a step. Outside it grows with the number.
 #
 # ## The two functions
 #
-# The same on tensors, in two functions of one line each. `S` and `Z` may have any shape that broadcasts against `r`.
+# The same on tensors. `S` and `Z` may have any shape that broadcasts against `r`.
 
 
-# %% tags=["nbval-check-output"]
+# %%
 def quantize(r, S, Z, low, high):
     """Real numbers to integer codes (int32)."""
     return (torch.round(r * (1 / S)) + Z).clamp(low, high).int()
@@ -186,59 +215,71 @@ def dequantize(q, S, Z):
     return S * (q - Z)
 
 
+# %% tags=["nbval-check-output"]
 r = torch.tensor([-1.0, -0.2, 0.0, 0.5, 3.0])
 S, Z = torch.tensor(4 / 255), torch.tensor(64)
 q = quantize(r, S, Z, 0, 255)
-print("codes:", q.tolist())
-print("back: ", [f"{value:.4f}" for value in dequantize(q, S, Z).tolist()])
-
-# %% [markdown]
-# (`r * (1 / S)`, and not `r / S`: the two can differ in the last bit of a float. PyTorch multiplies, and we want its
-# codes exactly.)
-#
-# ### Which codes: signed or unsigned, full or narrow
-#
-# Eight bits can be read as 0 to 255 or as -128 to 127. That changes nothing but the names: subtract 128 from every code
-# and from $Z$, and the same numbers come back. A **narrow** range gives up the lowest signed code, so that the codes are
-# symmetric around zero and $-r$ always gets the code $-q$.
-
-
-# %% tags=["nbval-check-output"]
-def code_range(n_bits, signed=False, narrow=False):
-    low = -(2 ** (n_bits - 1)) if signed else 0
-    return low + narrow, low + 2**n_bits - 1
-
-
-print("bits  unsigned   signed       signed, narrow")
-for n_bits in (8, 4, 3, 2):
-    ranges = [code_range(n_bits, *kind) for kind in ((), (True,), (True, True))]
-    print(f"{n_bits:4}  {ranges[0]!s:10} {ranges[1]!s:12} {ranges[2]}")
 signed = quantize(r, S, Z - 128, -128, 127)
-print("the five numbers, unsigned:", q.tolist(), " signed:", signed.tolist())
 assert torch.equal(dequantize(q, S, Z), dequantize(signed, S, Z - 128))
+print("unsigned codes:", q.tolist())
+print("signed codes:  ", signed.tolist())
 
 # %% [markdown]
-# Narrow costs one code of $2^n$: hardly anything at eight bits, a quarter of all codes at two.
+# Unsigned codes run from 0 to 255, signed ones from -128 to 127. Subtract 128 from every code and from $Z$, and the same numbers come back: only the names
+# differ.
 #
-# ### Symmetric or asymmetric
+# ## A surprise: 14 comes back as 12
 #
-# **Asymmetric** takes the range from minimum to maximum, as above. **Symmetric** takes it from $-a$ to $a$, with $a$ the largest
-# magnitude (*absmax*): then $Z$ is a constant, which need not be stored and which, with signed codes, is 0.
-# Asymmetric ranges are widened to hold 0, since $Z$ has to be one of the codes.
+# **Asymmetric** grids take the range from minimum to maximum, as above, widened to hold 0. **Symmetric** grids take it from $-a$ to $a$, with $a$ the largest
+# magnitude (*absmax*). Then $Z$ is a constant and need not be stored. But $2^n$ codes are an even number, and a grid with 0 in its middle has an odd number. There are
+# two conventions:
+#
+# - **Half codes.** Use all codes, -4 to 3 with three bits, and divide the range by $2^n - 1$ steps: $S = 2a / (2^n - 1) = a / 3.5$. The step is small, and the positive
+#   end lies half a step beyond the last code.
+# - **Narrow.** Leave out the lowest code and divide by what is left: $S = a / 3$, with codes -3 to 3. In 8 bits that is $a / 127$. Both ends are codes.
+#
+# Take five numbers, of which 14 is the largest.
+
+# %%
+values = torch.tensor([-6.0, -1, 2, 5, 14])
+figure = grids_on_a_line(
+    {
+        "half codes": (14 / 3.5, 0, -4, 3),
+        "narrow": (14 / 3, 0, -3, 3),
+        "asymmetric": (20 / 7, 2, 0, 7),
+    },
+    values,
+    watched=14.0,
+)
+plt.show()
+
+# %% [markdown]
+# *Figure: three grids of three bits on the same number line. Dots are codes, zero in green. Arrows go from five numbers to their codes. Where an arrow is orange, two numbers share a code.*
+#
+# With half codes 14 is 3.5 steps from zero. It would get the code 4, there is none, and it comes back as 12: half a step is lost at that end. The narrow grid returns it exactly, with
+# coarser steps everywhere. The asymmetric grid has the finest steps, since it spends no code below -6. Which is better on many numbers? We draw a million normal ones, with a scale for
+# each 64.
 
 
 # %%
-def scale_and_zero_point(r, low, high, symmetric=False):
-    """S and Z of each row of `r` `[..., n]`, both `[..., 1]`."""
-    minimum = r.amin(-1, keepdim=True).clamp(max=0)
-    maximum = r.amax(-1, keepdim=True).clamp(min=0)
-    if symmetric:
-        S = torch.maximum(-minimum, maximum) / ((high - low) / 2)
-        Z = torch.full_like(S, math.ceil((high + low) / 2))
-    else:
-        S = (maximum - minimum) / (high - low)
-        Z = (low - torch.round(minimum / S)).clamp(low, high)
-    return S, Z.int()
+def grid(minimum, maximum, n_bits, kind="asymmetric"):
+    """(S, Z, low, high) for signed codes; S and Z have the shape of `minimum`."""
+    low, high = -(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1
+    a = torch.maximum(-minimum, maximum)
+    if kind == "half codes":
+        return a / ((high - low) / 2), 0, low, high
+    if kind == "narrow":
+        return a / high, 0, low + 1, high
+    minimum, maximum = minimum.clamp(max=0), maximum.clamp(min=0)
+    S = (maximum - minimum) / (high - low)
+    return S, (low - torch.round(minimum / S)).clamp(low, high).int(), low, high
+
+
+# %%
+def round_trip(r, n_bits, kind="asymmetric"):
+    """What comes back of `r` `[rows, n]`, with a grid for each row."""
+    S, Z, low, high = grid(*r.aminmax(dim=-1, keepdim=True), n_bits, kind)
+    return dequantize(quantize(r, S, Z, low, high), S, Z)
 
 
 def sqnr(r, back):
@@ -248,32 +289,49 @@ def sqnr(r, back):
 
 
 # %% [markdown]
-# The **SQNR** puts the squared error into proportion: 20 dB is a noise power of one percent of the signal's, 40 dB of
-# one in ten thousand. We try both on numbers spread to both sides of zero, and on what a ReLU leaves of them.
+# The **SQNR** puts the squared error into proportion. At 20 dB the noise has one percent of the signal's power, at 40 dB one in ten thousand.
 
 # %%
-bell = torch.randn(1, 10_000, generator=generator)
-print("4 bits         values    S       Z   codes used   SQNR")
-for name, values in {"normal": bell, "after ReLU": bell.relu()}.items():
-    for symmetric in (True, False):
-        S, Z = scale_and_zero_point(values, 0, 15, symmetric)
-        q = quantize(values, S, Z, 0, 15)
-        kind = "symmetric" if symmetric else "asymmetric"
-        print(
-            f"{kind:11} {name:>12} {S.item():6.3f} {Z.item():5d} {len(q.unique()):9d} "
-            f"{sqnr(values, dequantize(q, S, Z)):9.1f} dB"
-        )
+bell = torch.randn(16_000, 64, generator=generator)  # [groups, GROUP_SIZE]
+kinds, conventions = ("half codes", "narrow", "asymmetric"), []
+for n_bits in (8, 4, 3, 2):
+    row = {kind: sqnr(bell, round_trip(bell, n_bits, kind)) for kind in kinds}
+    conventions.append({"bits": n_bits, **row})
+table(conventions, dict.fromkeys(kinds, ".2f"))
+
+# %% tags=["folded"]
+# Record the three conventions, in dB.
+for row in conventions:
+    for kind in kinds:
+        key = f"linear_mapping.normal.w{row['bits']}.{kind.replace(' ', '_')}"
+        record(key, row[kind], "dB", 0.05, model="normal")
 
 # %% [markdown]
-# On a range centred on zero the two agree nearly. After a ReLU the symmetric grid spends half of its codes on negative
-# numbers that do not occur: one whole bit is lost. Hence the habit: weights symmetric, activations
-# asymmetric. A weight matrix with a long tail on one side profits from asymmetry as well.
+# At 3 bits, in the recorded run, half codes have {{linear_mapping.normal.w3.half_codes:.2f}} dB and narrow ones {{linear_mapping.normal.w3.narrow:.2f}} dB, at 2 bits
+# {{linear_mapping.normal.w2.half_codes:.2f}} and {{linear_mapping.normal.w2.narrow:.2f}}. At 8 bits the choice hardly matters. Asymmetric grids are ahead at every width here, since among 64 numbers
+# the minimum and the maximum are rarely equally far from zero.
 #
-# ## Rounding
+# The course's round-to-nearest uses half codes where it is symmetric, as PyTorch's observers do. LLM.int8() and SmoothQuant use the narrow range, as their papers do. From here on all grids are asymmetric.
 #
-# What becomes of a number exactly between two codes, a **tie**? `torch.round` takes the even neighbour. Schoolbook
-# rounding goes away from zero. **Stochastic** rounding goes up or down by chance, up with a probability equal to the
-# fractional part, so that it is right on average for *every* number [@gupta2015limited].
+# And after a ReLU, where no number is negative?
+
+# %%
+relu, rows = bell.relu(), []
+for kind in kinds:
+    S, Z, low, high = grid(*relu.aminmax(dim=-1, keepdim=True), 4, kind)
+    q = quantize(relu, S, Z, low, high)
+    db = sqnr(relu, dequantize(q, S, Z))
+    rows.append({"4 bits": kind, "codes used": len(q.unique()), "SQNR, dB": db})
+table(rows, {"SQNR, dB": ".1f"})
+
+# %% [markdown]
+# A symmetric grid spends half of its codes on negative numbers that do not occur, and loses about 6 dB, the worth of one bit. Hence a habit: activations asymmetric, weights
+# symmetric where a kernel wants to save the zero point.
+#
+# ## Rounding ties
+#
+# A number exactly between two codes is a **tie**. `torch.round` takes the even neighbour, schoolbook rounding goes away from zero. **Stochastic** rounding goes up
+# with a probability equal to the fractional part, so that it is right on average for *every* number [@gupta2015limited].
 
 
 # %% tags=["nbval-check-output"]
@@ -281,65 +339,37 @@ def half_away(x):
     return x.sign() * (x.abs() + 0.5).floor()
 
 
-def stochastic(x, generator):
-    chance = torch.rand(x.shape, generator=generator)
-    return x.floor() + (chance < x - x.floor())
-
-
 ties = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])
 print("ties      ", ties.tolist())
 print("half even ", ties.round().int().tolist())
 print("half away ", half_away(ties).int().tolist())
 
+
 # %%
-rules = {
-    "half to even": torch.round,
-    "half away": half_away,
-    "stochastic": lambda x: stochastic(x, generator),
-}
+def stochastic(x):
+    chance = torch.rand(x.shape, generator=generator)
+    return x.floor() + (chance < x - x.floor())
+
+
+# %%
+rules = {"half even": torch.round, "half away": half_away, "stochastic": stochastic}
 anywhere = 10 * torch.rand(100_000, generator=generator)  # unit: one step
-halves = torch.randint(0, 20, (100_000,), generator=generator) / 2  # every other a tie
-print("                 values anywhere         every other a tie")
-print("              mean error   mean sq.    mean error   mean sq.")
+rows = []
 for name, rule in rules.items():
-    errors = [rule(x) - x for x in (anywhere, halves)]
-    columns = [f"{e.mean():+10.3f} {e.square().mean():10.3f}" for e in errors]
-    print(f"{name:13} {'   '.join(columns)}")
-print(f"1/12 = {1 / 12:.3f}, 1/6 = {1 / 6:.3f}")
-
-nearest, by_chance = torch.zeros(1000), torch.zeros(1000)
-for _ in range(100):  # a hundred updates of a tenth of a step
-    nearest = torch.round(nearest + 0.1)
-    by_chance = stochastic(by_chance + 0.1, generator)
-print(f"100 times + 0.1, stored in steps: {nearest.mean():.2f} rounded to nearest,")
-print(f"{by_chance.mean():.2f} stochastically (mean of 1000); it should be 10.")
+    updated, error = torch.zeros(1000), rule(anywhere) - anywhere
+    for _ in range(100):  # a hundred updates of a tenth of a step
+        updated = rule(updated + 0.1)
+    rows.append({"rule": name, "squared error": error.square().mean().item()})
+    rows[-1]["a hundred times + 0.1"] = updated.mean().item()
+table(rows, {"squared error": ".3f", "a hundred times + 0.1": ".2f"})
 
 # %% [markdown]
-# For numbers that can lie anywhere, ties hardly occur and the first two rules do the same. Where numbers come from a
-# finer grid ties are common, and rounding them always away from zero shifts the mean; half to even does not.
-# Stochastic rounding does not shift the mean either, but where values lie anywhere it doubles the squared error. It is of no use
-# for storing weights, and of great use where many small updates have to add up, as in training: rounded to nearest, an
-# update below half a step is lost every time.
+# For numbers anywhere the first two rules do the same, with a squared error of 1/12 = 0.083 of a step's square. One draw of stochastic rounding has twice as much.
+# But it alone lets small updates add up: a hundred tenths become about 10, where rounding to the nearest loses each of them. That is why training in few bits uses it.
 #
-# ## Clipping against rounding
+# Nothing says that a range must reach the largest number. A narrower one clips a few numbers and rounds the others in finer steps. How to find the best range is the
+# subject of `dynamic_range`. We go on with ranges that clip nothing.
 #
-# Nothing says that the range must reach the largest number. Cut it off at $\pm c$ and the step shrinks with it: rounding
-# error falls, clipping error rises, and the best range is narrower than the data. How to find it, and why least squared
-# error is not always what a model wants, is the subject of `dynamic_range`. Here are the two parts for the normal numbers
-# at four bits; the last line is the range that clips nothing, with which we go on. ("Clipping" is the error of the numbers outside.)
-
-# %%
-print("            error squared, per number")
-print("    c    rounding   clipping     total     SQNR")
-for c in (1.5, 2.0, 2.5, 3.0, bell.abs().max().item()):
-    S, Z = torch.tensor(c / 7.5), torch.tensor(8)
-    back = dequantize(quantize(bell, S, Z, 0, 15), S, Z)
-    errors, outside = (bell - back).square(), bell.abs() > c
-    parts = [errors[part].sum() / bell.numel() for part in (~outside, outside)]
-    line = "".join(f"{value:11.4f}" for value in (*parts, errors.mean()))
-    print(f"{c:5.2f}{line}{sqnr(bell, back):7.1f} dB")
-
-# %% [markdown]
 # ## How large is the error? The $S^2/12$ law
 #
 # Suppose that within a cell, the interval of width $S$ around a level, the numbers are spread evenly. Then the rounding error is
@@ -347,161 +377,151 @@ for c in (1.5, 2.0, 2.5, 3.0, bell.abs().max().item()):
 #
 # $$ \frac1S \int_{-S/2}^{S/2} e^2\, de = \frac{S^2}{12} . $$
 #
-# With $n$ bits over a range $R$ the step is $S = R / (2^n - 1)$. One bit more about halves it, and so divides the noise by about
-# four: $10 \log_{10} 4 = 6.02$. **Every bit is worth about 6 dB**, says the law, of whatever numbers. We measure it on three
-# made-up sources and, in three ways, on the weights of a real layer: one scale for the whole matrix, one a row, one a
-# group.
+# One bit more about halves the step, and so divides the noise by about four: $10 \log_{10} 4 = 6.02$. **Every bit is worth about 6 dB**, says the law, of whatever numbers. We test it on three
+# made-up sources and on the layer with the longest tail in a real model, with one scale for the whole matrix (tensor), one a row, or one a
+# group of neighbours in a row.
 
 # %%
 models = profile.load_models()
-weights = {  # [out, in] of every linear layer, by model and name
-    name: {x.name: x.weight.float().cpu() for x in linear_layers(model)}
-    for name, (model, _) in models.items()
-}
-first = next(iter(weights))
-peaks = {k: (W.abs().max() / W.std()).item() for k, W in weights[first].items()}
+first = next(iter(models))
+layers = linear_layers(models[first].model)
+weights = {x.name: x.weight.float().cpu() for x in layers}  # [out, in] each
+peaks = {name: (W.abs().max() / W.std()).item() for name, W in weights.items()}
 layer = max(peaks, key=peaks.get)
-W = weights[first][layer]
-print(f"{first}, {layer}: {list(W.shape)}. Its largest weight is {peaks[layer]:.1f}")
-print(f"standard deviations from zero; no other layer of {first} has such a long tail.")
+W = weights[layer]
+print(f"{first}, {layer}: {list(W.shape)},", end=" ")
+print(f"largest weight {peaks[layer]:.1f} standard deviations")
 
 # %%
-flat = torch.rand(1, 100_000, generator=generator)
-normal = torch.randn(1, 100_000, generator=generator)
 laplace = torch.empty(1, 100_000).exponential_(generator=generator)
 laplace *= 2 * torch.randint(0, 2, laplace.shape, generator=generator) - 1  # the sign
 sources = {
-    "uniform": flat,
-    "normal": normal,
+    "uniform": torch.rand(1, 100_000, generator=generator),
+    "normal": torch.randn(1, 100_000, generator=generator),
     "Laplace": laplace,
     "tensor": W.reshape(1, -1),
     "row": W,
     "group": W.reshape(-1, GROUP_SIZE),
 }
-all_bits = [2, 3, 4, 5, 6, 7, 8]
-measured, predicted = {}, {}
+
+
+# %%
+def by_law(r, n_bits):
+    """SQNR in dB if every error squared were S^2 / 12."""
+    S = grid(*r.aminmax(dim=-1, keepdim=True), n_bits)[0]
+    noise = (S.square() / 12).mean().item()
+    return 10 * math.log10(r.square().mean().item() / noise)
+
+
+# %%
+all_bits, measured, law = [2, 3, 4, 5, 6, 7, 8], {}, {}
 for name, r in sources.items():
-    measured[name], predicted[name] = [], []
-    for n_bits in all_bits:
-        S, Z = scale_and_zero_point(r, 0, 2**n_bits - 1)
-        back = dequantize(quantize(r, S, Z, 0, 2**n_bits - 1), S, Z)
-        measured[name].append(sqnr(r, back))
-        noise = (S.square() / 12).mean().item()
-        predicted[name].append(10 * math.log10(r.square().mean().item() / noise))
-
+    measured[name] = [sqnr(r, round_trip(r, n)) for n in all_bits]
+    law[name] = [by_law(r, n) for n in all_bits]
 
 # %%
-def in_columns(title, cells):
-    return f"{title:17}" + "".join(f"{cell:>10}" for cell in cells)
-
-
-print(in_columns("SQNR in dB", [f"{n} bits" for n in all_bits]))
-for name in sources:
-    print(in_columns(f"{name:8} measured", [f"{v:.1f}" for v in measured[name]]))
-    print(in_columns(f"{'':8} by law", [f"{v:.1f}" for v in predicted[name]]))
-print()
-print(in_columns("dB for the bit", [f"{n} to {n + 1}" for n in all_bits[:-1]]))
-gain = [20 * math.log10((2 ** (n + 1) - 1) / (2**n - 1)) for n in all_bits[:-1]]
-print(in_columns("by law", [f"{v:.2f}" for v in gain]))
-for name, v in measured.items():
-    print(in_columns(name, [f"{v[i + 1] - v[i]:.2f}" for i in range(len(v) - 1)]))
-
-# %%
-panels, law = {}, {}
+panels, theory = {}, {}
 for title, names in {
     "made-up sources": ("uniform", "normal", "Laplace"),
     f"weights: {layer}": ("tensor", "row", "group"),
 }.items():
     panels[title] = {name: (all_bits, measured[name]) for name in names}
-    law[title] = {name: (all_bits, predicted[name]) for name in names}
-figure = error_against_bits(panels, "SQNR (dB)", theory=law)
+    theory[title] = {name: (all_bits, law[name]) for name in names}
+figure = error_against_bits(panels, "SQNR (dB)", theory=theory)
 plt.show()
 
 # %% [markdown]
 # *Figure: SQNR against bits per code. Left a uniform, a normal and a Laplace source, right the layer's weights with one
-# scale for the tensor, one a row, one a group. Dots and solid lines are measured, dashed lines are the law. At many bits
-# they coincide, in parallel lines; at few bits the curves of numbers with a long tail lie above their dashed
-# lines.*
-#
-# **Where it holds.** With enough bits every curve rises by what the law says, which tends to 6.02 dB. (At few bits the law itself gives
-# more, since there are $2^n - 1$ steps and not $2^n$.) The *slope* is the same for all; what differs is the *height*. Numbers with a long
-# tail need a wide range, most of which is empty.
-#
-# **Where it breaks**, first: few bits and a long tail. When the step is wider than the bulk of the numbers, they are not spread evenly
-# within a cell: most of them lie within half a step of zero, and come back as zero. This is the **dead zone**. Their
-# error is then their own size. That is *less* than the law says, and yet no signal is left.
+# scale for the tensor, one a row, one a group. Solid lines are measured, dashed lines are the law.*
 
 # %%
-print("share of weights that come back as zero")
-print("scale per   8 bits   4 bits   3 bits   2 bits")
+rows = []
+for name in sources:
+    for kind, of in (("measured", measured), ("law", law)):
+        rows.append({"SQNR, dB": f"{name}, {kind}"})
+        rows[-1] |= {f"{n} bits": v for n, v in zip(all_bits, of[name], strict=True)}
+apart = {n: {k: measured[k][n - 2] - law[k][n - 2] for k in sources} for n in all_bits}
+table(rows, {f"{n} bits": ".1f" for n in all_bits})
+
+# %% tags=["folded"]
+# Record how far measurement and law are apart, and the share of zeros.
+worst = max(abs(value) for value in apart[8].values())
+record("linear_mapping.law.apart_8", worst, "dB", 0.05, model=first)
+record("linear_mapping.law.tensor_3", apart[3]["tensor"], "dB", 0.05, model=first)
+record("linear_mapping.peak", peaks[layer], "", 0.01, model=first)
+zeros = {}
 for name in ("tensor", "row", "group"):
-    r, line = sources[name], f"{name:9}"
     for n_bits in (8, 4, 3, 2):
-        S, Z = scale_and_zero_point(r, 0, 2**n_bits - 1)
-        zeros = (quantize(r, S, Z, 0, 2**n_bits - 1) == Z).float().mean()
-        line += f"{zeros:9.0%}"
-    print(line)
+        back = round_trip(sources[name], n_bits)
+        zeros[name, n_bits] = (back == 0).float().mean().item()
+        key = f"linear_mapping.zeros.{name}_{n_bits}"
+        record(key, zeros[name, n_bits], "", 0.005, model=first)
 
 # %% [markdown]
-# Second, on numbers that **lie on a grid already**. Sixteen evenly spaced values need four bits, and then the error is
-# zero, not $S^2/12$. With five bits it is worse than with four (exercise 3).
+# **Where it holds.** At 8 bits, in the recorded run, law and measurement are at most {{linear_mapping.law.apart_8:.2f}} dB apart, for all six. Every curve rises by about 6 dB a bit, or somewhat more at few bits, since
+# there are $2^n - 1$ steps and not $2^n$. The *slope* is the same for all; the *height* differs. Numbers with a long tail need a wide range, most of which is empty.
 #
-# That is not a curiosity. SmolLM2, as the course gets it, was stored in 4 bits once. Its weights lie on such grids, and
-# flatter every 4-bit method whose grid is the same. Where the course compares 4-bit methods it takes
-# `smollm2-135m-dithered` in its place: the same weights with seeded noise of one step added inside each cell. In each layer the 5% of columns
-# that carry the largest inputs stay without noise. They are few, so the grid is gone all the same, and noise on them alone would do most of the damage.
-# The noise has a price, which is measured below.
+# **Where it breaks, first**: few bits and a long tail. At 3 bits the tensor's measured SQNR lies {{linear_mapping.law.tensor_3:.1f}} dB *above* the law. That sounds good. Let us count the weights that come back as zero.
+
+# %%
+rows = []
+for name in ("tensor", "row", "group"):
+    row = {f"{n} bits": zeros[name, n] for n in (8, 4, 3, 2)}
+    rows.append({"weights that become 0, one scale a": name, **row})
+table(rows, {f"{n} bits": ".0%" for n in (8, 4, 3, 2)})
+
+# %% [markdown]
+# With one scale for the tensor {{linear_mapping.zeros.tensor_3:.0%}} of the weights become zero at 3 bits in the recorded run, and with one a group {{linear_mapping.zeros.group_3:.0%}}. The step is wider than the bulk of the weights. Most lie
+# within half a step of zero, the **dead zone**, and their error is their own size. That is less than the law says, and yet hardly a signal is left.
+#
+# **Where it breaks, second**: numbers that lie on a grid already. Sixteen evenly spaced values need four bits, and then the error is
+# zero. With five bits it is worse than with four (exercise 3). SmolLM2, as the course gets it, was stored in 4 bits once. Its weights lie on such grids, and
+# flatter every 4-bit method whose grid is the same. So the course compares 4-bit methods on `smollm2-135m-dithered`: the same weights, with seeded noise of one step inside each cell.
+# In each layer the 5% of columns that carry the largest inputs stay without noise, which would do most of its damage there. The price of the noise is measured below.
 #
 # ## Whose scale? Tensor, row, group
 #
-# The curves on the right differ by the **granularity**: how many weights share a scale. Here is one row of the
+# The **granularity** says how many weights share a scale. Here is one row of the
 # layer, with the levels of the whole tensor at four bits, and with its own.
 
 # %%
 middle = int(W.abs().amax(1).argsort()[len(W) // 2])  # the row of the median absmax
-row = W[middle : middle + 1]
-panels = {}
-for title, shared in {
-    "levels of the tensor": sources["tensor"],
-    "its own": row,
-}.items():
-    S, Z = scale_and_zero_point(shared, 0, 15)
-    levels = dequantize(torch.arange(16), S, Z).flatten()
+row, panels = W[middle : middle + 1], {}
+for title, shared in {"the tensor's levels": sources["tensor"], "its own": row}.items():
+    S, Z, low, high = grid(*shared.aminmax(), 4)
+    levels = dequantize(torch.arange(low, high + 1), S, Z)
     levels = levels[levels.abs() <= row.abs().max() + S.item()]
-    back = dequantize(quantize(row, S, Z, 0, 15), S, Z)
-    panels[f"row {middle}, {title}: {sqnr(row, back):.1f} dB"] = (row[0], levels)
+    db = sqnr(row, dequantize(quantize(row, S, Z, low, high), S, Z))
+    panels[f"row {middle}, {title}: {db:.1f} dB"] = (row[0], levels)
 figure = values_on_grid(panels)
 plt.show()
 
 # %% [markdown]
 # *Figure: two histograms of the same row of weights with the 4-bit levels as vertical lines. Above, the levels of the whole
-# tensor: few of them fall where the row has weights. Below, the row's own sixteen levels, which span just the row. The titles
-# give the SQNR.*
+# tensor; below, the row's own sixteen levels. The titles give the SQNR.*
+#
+# Few levels of the tensor fall where the row has weights. The row's own sixteen span just the row.
 #
 # Finer scales cost bits. With a float16 scale and a zero point of $n$ bits for each group of $g$ weights, a weight takes
-#
-# $$ n + \frac{16 + n}{g} \quad \text{bits}. $$
-#
-# | scale shared by | 8 bits | 4 bits | 3 bits | 2 bits |
-# | --- | --- | --- | --- | --- |
-# | row of 1024 | 8.023 | 4.020 | 3.019 | 2.018 |
-# | group of 128 | 8.188 | 4.156 | 3.148 | 2.141 |
-# | group of 64 | 8.375 | 4.313 | 3.297 | 2.281 |
-# | group of 32 | 8.750 | 4.625 | 3.594 | 2.563 |
-# | group of 16 | 9.500 | 5.250 | 4.188 | 3.125 |
-#
-# Groups of 16 at three bits cost more than four bits a row. Whether fine scales are worth their bits is a question for the
-# measurement below.
+# $n + (16 + n) / g$ bits:
+
+# %% tags=["nbval-check-output"]
+rows = []
+for g in (1024, 128, 64, 32, 16):
+    row = {f"{n} bits": n + (16 + n) / g for n in (8, 4, 3, 2)}
+    rows.append({"weights that share a scale": g, **row})
+table(rows, {f"{n} bits": ".3f" for n in (8, 4, 3, 2)})
+
+# %% [markdown]
+# Groups of 16 at three bits cost more than four bits with 1,024 to a scale. Are fine scales worth their bits? We measure that below.
 #
 # ## Packing
 #
-# A computer stores bytes. A 4-bit code in a byte of its own saves nothing over eight bits, so the codes have to be **packed**: written
-# one after the other into a stream of bits, lowest bit first, which is then cut into bytes. With 2, 4 and 8 bits a byte holds
-# a whole number of codes. With 3 bits some codes straddle two bytes, and eight of them fill three bytes without
-# waste.
+# A computer stores bytes. A 4-bit code in a byte of its own saves nothing over eight bits, so the codes are **packed**: written
+# one after the other into a stream of bits, lowest bit first, which is then cut into bytes.
 
 
-# %% tags=["nbval-check-output"]
+# %%
 def pack(codes, n_bits):
     """Codes `[n]` to bytes `[ceil(n * n_bits / 8)]`, lowest bit first."""
     bits = codes[:, None] >> torch.arange(n_bits) & 1  # [n, n_bits]
@@ -509,6 +529,22 @@ def pack(codes, n_bits):
     return (stream.view(-1, 8) << torch.arange(8)).sum(1).to(torch.uint8)
 
 
+# %% tags=["nbval-check-output"]
+codes = torch.tensor([1, 2, 3, 0])
+print({n: pack(codes, n).tolist() for n in (8, 4, 3, 2)})
+
+# %%
+figure = bits_in_bytes(codes, 8, 4, 3, 2)
+plt.show()
+
+# %% [markdown]
+# *Figure: the codes 1, 2, 3, 0 in 8, 4, 3 and 2 bits. Each colour is one code. Byte 0 is on the right, so that all bytes together read as one binary number.*
+#
+# In 2, 4 and 8 bits a byte holds a whole number of codes. In 3 bits the third code straddles two bytes, and the last bits of the second are padding (grey). Eight such codes fill three
+# bytes without waste. Unpacking goes the same way back.
+
+
+# %%
 def unpack(packed, n_bits, n):
     """The first `n` codes of `pack`'s bytes."""
     stream = (packed[:, None].int() >> torch.arange(8) & 1).flatten()
@@ -516,41 +552,217 @@ def unpack(packed, n_bits, n):
     return (bits << torch.arange(n_bits)).sum(1).int()
 
 
-codes = torch.tensor([5, 2, 7, 1, 0, 3, 6, 4])
-packed = pack(codes, 3)
-print("codes, 3 bits each: ", " ".join(f"{c:03b}" for c in codes.tolist()))
-print("as one number:      ", "".join(f"{c:03b}" for c in reversed(codes.tolist())))
-print("bytes, highest first:", " ".join(f"{b:08b}" for b in reversed(packed.tolist())))
-assert unpack(packed, 3, 8).tolist() == codes.tolist()
+# %% tags=["nbval-check-output"]
 for n_bits in (8, 4, 3, 2):
     codes = torch.arange(1000) % 2**n_bits
+    assert torch.equal(unpack(pack(codes, n_bits), n_bits, 1000), codes.int())
     print(f"1000 codes of {n_bits} bits: {len(pack(codes, n_bits))} bytes")
 
 # %% [markdown]
-# ## Is it right? The package, PyTorch and llama.cpp
+# ## A whole model
 #
-# What you have read is what `course_utils` holds, in a few small modules. Codes and bytes have to be equal, not close.
+# `quantize_model` replaces every linear layer by one that holds packed codes, scales and zero points, and nothing of the
+# float weight. Embeddings, LM head and all inputs stay in float. Each weight gets its nearest code: the method is
+# known as **round to nearest**. We try four widths and three granularities.
 #
-# PyTorch has two functions that do what our `quantize` does. `fake_quantize` goes to the codes and back, as we do. The older
-# `quantize_per_tensor` may round $r/S + Z$ where we round $r/S$ and then add $Z$. At a tie with an odd $Z$ the even
-# neighbour is then another one. A model's weights are hardly ever at a tie; six made-up numbers are.
+# The measure is the loss in **nats** per token: the mean of $-\log p$, with $p$ the probability that the model gave to the token that came. We give what the quantized model
+# loses *more* than the float one on the same tokens, the start of each evaluation document of the CIA World Factbook, with one standard error over documents. **Perplexity** is $e$ to the loss: about the number of tokens among which the model
+# hesitates.
+
 
 # %%
-S, Z = scale_and_zero_point(W, 0, 15)
-codes = quantize(W, S, Z, 0, 15)
-theirs = uniform.scale_and_zero_point(W.amin(1), W.amax(1), 0, 15, symmetric=False)
+def protocol(name, model):
+    """The course's protocol; 1,024 tokens for models larger than course-lm."""
+    full = profile.protocol(model)
+    return full if name == "course-lm" else replace(full, tokens=1024)
+
+
+units = {"tensor": "tensor", "row": "row", GROUP_SIZE: f"group of {GROUP_SIZE}"}
+texts = {k: protocol(k, m).text(tokenizer) for k, (m, tokenizer) in models.items()}
+
+
+# %%
+def rounded(model, group_size):
+    """The model at 8, 4, 3 and 2 bits, by name, and the reports."""
+    made, reports = {}, {}
+    for n_bits in (8, 4, 3, 2):
+        method = get_method("affine", n_bits=n_bits, group_size=group_size)
+        made[f"{n_bits} bits"] = copy.deepcopy(model)
+        reports[f"{n_bits} bits"] = quantize_model(made[f"{n_bits} bits"], method)
+    return made, reports
+
+
+# %%
+found, bits, in_groups = {}, {}, {}
+for name, (model, _) in models.items():
+    for size in units:
+        made, reports = rounded(model, size)
+        found[name, size] = compare_all(made, model, texts[name])
+        bits[name, size] = {k: r.bits_per_weight for k, r in reports.items()}
+    in_groups[name] = made  # the last size: groups
+    print(f"{name}, float: perplexity {found[name, 'row']['8 bits'].reference}")
+
+# %%
+rows = []
+for (name, size), of_bits in found.items():
+    for width, c in of_bits.items():
+        row = {"model": name, "one scale a": units[size], "codes": width}
+        row["bits per weight"] = bits[name, size][width]
+        row |= {"nats lost": c.loss.value, "±": c.loss.error}
+        rows.append(row | {"perplexity": c.perplexity.perplexity})
+formats = {"bits per weight": ".3f", "nats lost": "+.3f", "±": ".3f"}
+table(rows, formats | {"perplexity": ".4g"})
+
+# %% tags=["folded"]
+# Record the table, and the paired difference of two variants.
+for (name, size), of_bits in found.items():
+    by = {"model": name, **protocol(name, models[name].model).fields}
+    for width, c in of_bits.items():
+        part = size if isinstance(size, str) else f"g{size}"
+        key = f"linear_mapping.{name}.w{width[0]}_{part}"
+        record(f"{key}.bits_per_weight", bits[name, size][width], "bits", 1e-6, **by)
+        near = c.loss.value < 1  # beyond that a digit may turn much
+        record(f"{key}.loss", c.loss.value, "nats", 0.03 if near else None, **by)
+        record(f"{key}.loss_error", c.loss.error, "nats", 0.02 if near else None, **by)
+        ppl = c.perplexity.perplexity
+        record(f"{key}.perplexity", ppl, "", 0.05 * ppl if near else None, **by)
+    float_ppl = of_bits["8 bits"].reference.perplexity
+    record(f"linear_mapping.{name}.float.perplexity", float_ppl, "", 0.05, **by)
+for name in models:
+    fine, coarse = found[name, GROUP_SIZE]["3 bits"], found[name, "tensor"]["4 bits"]
+    less = difference(fine, coarse)
+    record(f"linear_mapping.{name}.fine_less_coarse", less.value, "nats", None)
+    record(f"linear_mapping.{name}.fine_less_coarse_error", less.error, "nats", None)
+    print(f"{name}, 3 bits in groups less 4 bits a tensor: {format_difference(less)}")
+
+# %%
+panels = {name: {unit: ([], [], []) for unit in units.values()} for name in models}
+for (name, size), of_bits in found.items():
+    for width, c in of_bits.items():
+        if c.loss.value < 2:
+            point = bits[name, size][width], c.loss.value, c.loss.error
+            for column, value in zip(panels[name][units[size]], point, strict=True):
+                column.append(value)
+figure = nats_against_bits(panels)
+plt.show()
+
+# %% [markdown]
+# *Figure: nats lost against measured bits per weight, one panel a model, one curve a granularity, with points at 2, 3, 4 and 8 bits. Points that lose 2 nats or more are left out; the
+# table has them. Hollow points are not distinguished from the float model.*
+#
+# Eight bits with a scale a row or a group are hardly to be told from float. Then the loss rises with every bit less, and it rises first for the coarse scales. On course-lm, in the recorded run, 4 bits cost
+# {{linear_mapping.course-lm.w4_tensor.loss:.3f}} ± {{linear_mapping.course-lm.w4_tensor.loss_error:.3f}} nats with one scale a tensor and {{linear_mapping.course-lm.w4_g64.loss:.3f}} ± {{linear_mapping.course-lm.w4_g64.loss_error:.3f}} in groups. **Three bits in groups beat four
+# bits with one scale a tensor**, by a paired {{linear_mapping.course-lm.fine_less_coarse:+.3f}} ± {{linear_mapping.course-lm.fine_less_coarse_error:.3f}} nats, and at fewer bytes.
+#
+# On SmolLM2, whose tails are longer, one scale a tensor fails at 4 bits: {{linear_mapping.smollm2-135m-dithered.w4_tensor.loss:.1f}} nats, worse than guessing evenly among its 49,152 tokens would be. Groups lose {{linear_mapping.smollm2-135m-dithered.w4_g64.loss:.2f}} ±
+# {{linear_mapping.smollm2-135m-dithered.w4_g64.loss_error:.2f}}. What do such losses mean? We let the largest model of the profile speak.
+
+# %%
+name = list(models)[-1]
+model, tokenizer = models[name]
+speakers = {"float": model, **in_groups[name]}
+print(continuations(speakers, tokenizer, prompt_of(name), new_tokens=16))
+
+# %% [markdown]
+# The 8-bit model says what the float model says, nearly or to the letter. With fewer bits the text first differs, then repeats itself, and at 2 bits of rounding to nearest no language is left on SmolLM2. One text proves nothing; it shows the size of a nat.
+#
+# The noise inside the cells of SmolLM2's old grid has a price too. We compare the dithered model with the plain one on the same tokens.
+
+# %% tags=["folded"]
+# The dithered SmolLM2 against the plain one, where the profile has it.
+if "smollm2-135m-dithered" in models:
+    how = {"dtype": profile.dtype, "device": profile.device}
+    plain = load_model("smollm2-135m-q4_1", **how).model
+    cost = compare(model, plain, texts[name])
+    print(f"smollm2-135m-dithered: {cost}")
+    by = {"model": name, **protocol(name, model).fields}
+    record("linear_mapping.dithered.loss", cost.loss.value, "nats", 0.01, **by)
+    record("linear_mapping.dithered.loss_error", cost.loss.error, "nats", None, **by)
+else:
+    print("This profile has no dithered model; `cpu` compares it with the plain one.")
+
+# %% [markdown]
+# In the recorded run the noise costs {{linear_mapping.dithered.loss:.3f}} ± {{linear_mapping.dithered.loss_error:.3f}} nats per token. Methods of 4 bits and fewer all start from the dithered model,
+# so no comparison between them contains this price.
+#
+# ## Why do groups help? A control
+#
+# Perhaps **neighbours are alike**: rows and groups differ in size, and each gets the scale that fits it. Or
+# perhaps it is **only their number**: among few numbers the largest is less extreme than among a million, whatever they are. The
+# control tells them apart: shuffle all weights of a layer, then quantize. What is left of the gain is due to number alone. We take the gain of each layer of the smaller model at 4 bits, and its mean over layers.
+
+
+# %%
+def gains(W):
+    """4-bit SQNR over that of one scale a tensor, in dB: in order and shuffled."""
+    r = W.reshape(1, -1)
+    mixed = r[:, torch.randperm(r.numel(), generator=generator)]
+    base = sqnr(r, round_trip(r, 4))
+    gained = {}
+    for size, n in (("row", W.shape[1]), ("group", GROUP_SIZE)):
+        both = r.view(-1, n), mixed.view(-1, n)
+        gained[size] = [sqnr(x, round_trip(x, 4)) - base for x in both]
+    return gained
+
+
+# %%
+def over_layers(values):
+    """Mean and standard error over layers."""
+    error = values.std().item() / len(values) ** 0.5
+    return Estimate(values.mean().item(), error, len(values), "layers")
+
+
+# %%
+rows, control = [], {}
+of_layers = [gains(W) for W in weights.values()]
+for size in ("row", "group"):
+    both = torch.tensor([g[size] for g in of_layers])  # [layers, 2]
+    ordered, shuffled, lost = map(over_layers, (*both.T, both[:, 0] - both[:, 1]))
+    control[size] = ordered, shuffled, lost, shuffled.value / ordered.value
+    row = {"one scale a": size, "kept": control[size][3]}
+    for title, e in (("gain", ordered), ("shuffled", shuffled), ("less", lost)):
+        row[f"{title}, dB"] = with_error(e.value, e.error)
+    rows.append(row)
+table(rows, {"kept": ".0%"})
+
+# %% tags=["folded"]
+# Record the control.
+for size, (ordered, shuffled, lost, kept) in control.items():
+    key = f"linear_mapping.{first}.{size}_gain"
+    record(key, ordered.value, "dB", 0.05, model=first)
+    record(f"{key}_shuffled", shuffled.value, "dB", 0.1, model=first)
+    record(f"{key}_lost", lost.value, "dB", 0.1, model=first)
+    record(f"{key}_lost_error", lost.error, "dB", 0.1, model=first)
+    record(f"{key}_kept", kept, "", 0.02, model=first)
+
+# %% [markdown]
+# It is mostly the number. On course-lm, in the recorded run, shuffled weights keep {{linear_mapping.course-lm.group_gain_kept:.0%}} of the gain of groups and {{linear_mapping.course-lm.row_gain_kept:.0%}} of that of rows. A group is good because it is *small*: it rarely holds an
+# extreme weight. The rest is real as well: order is worth {{linear_mapping.course-lm.row_gain_lost:.2f}} ± {{linear_mapping.course-lm.row_gain_lost_error:.2f}} dB for rows, so rows do differ in size.
+#
+# ## Is it right? The package, PyTorch and llama.cpp
+#
+# What you have read is what `course_utils` holds, in a few small modules. Codes and bytes have to be equal, not close. PyTorch's `fake_quantize` goes to the codes and back, as we do. Its older
+# `quantize_per_tensor` may round $r/S + Z$ where we round $r/S$ and then add $Z$. At a tie with an odd $Z$ the even
+# neighbour is then another one.
+
+# %% tags=["folded"]
+# Our functions against the package's and PyTorch's: all codes, bytes and values.
+from course_utils.grids import uniform
+from course_utils.kernels import packing
+
+S, Z, low, high = grid(*W.aminmax(dim=1, keepdim=True), 4)
+codes = quantize(W, S, Z, low, high)
+theirs = uniform.scale_and_zero_point(*W.aminmax(dim=1), low, high, symmetric=False)
 assert torch.equal(theirs[0], S[:, 0]) and torch.equal(theirs[1], Z[:, 0])
-assert torch.equal(uniform.quantize(W, S, Z, 0, 15), codes)
+assert torch.equal(uniform.quantize(W, S, Z, low, high), codes)
 assert torch.equal(uniform.dequantize(codes, S, Z), dequantize(codes, S, Z))
-stored = packing.pack(codes, 4)  # uint8 [out, in / 2]
-assert torch.equal(stored[0], pack(codes[0], 4))
-assert torch.equal(packing.unpack(stored, 4, W.shape[1]), codes.to(torch.uint8))
-print(f"the package: codes {list(codes.shape)}, bytes {list(stored.shape)}, all equal")
-fake = torch.fake_quantize_per_channel_affine(W, S[:, 0], Z[:, 0], 0, 0, 15)
+stored = packing.pack(codes + 8, 4)  # uint8 [out, in / 2]
+assert torch.equal(stored[0], pack(codes[0] + 8, 4))
+assert torch.equal(packing.unpack(stored, 4, W.shape[1]), (codes + 8).to(torch.uint8))
+fake = torch.fake_quantize_per_channel_affine(W, S[:, 0], Z[:, 0], 0, low, high)
 assert torch.equal(fake, dequantize(codes, S, Z))
-print(f"fake_quantize_per_channel_affine: {fake.numel():,} values, all equal")
+print(f"{codes.numel():,} codes, {stored.numel():,} bytes: all equal")
 print("six ties with S = 1, Z = 3; our codes:", quantize(ties, 1.0, 3, 0, 255).tolist())
-print("round(r / S + Z):                     ", torch.round(ties + 3).int().tolist())
 if hasattr(torch, "quantize_per_tensor"):  # torch announces that it will go
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -558,209 +770,49 @@ if hasattr(torch, "quantize_per_tensor"):  # torch announces that it will go
     print("quantize_per_tensor:                  ", theirs.tolist())
 
 # %% [markdown]
+# All codes, bytes and values agree; at ties the older function may take the other neighbour. A model's weights are hardly ever at a tie.
+#
 # llama.cpp runs language models on ordinary computers, from files in formats of its own (`gguf`). Its `Q4_1` stores blocks of 32
 # weights: a float16 step $d$, a float16 **minimum** $m$ in the place of an integer zero point, and 32 codes of four bits;
-# $\hat r = d\,q + m$. We take one block apart, and then compare
-# the whole layer with our own format at the same group size.
-
-# %%
-block = W[0, :32]
-d, minimum = (block.max() - block.min()) / 15, block.min()
-codes = ((block - minimum) * (1 / d) + 0.5).int()  # the fraction is cut off: rounds up
-theirs = gguf.quants.quantize(block.numpy()[None], gguf.GGMLQuantizationType.Q4_1)[0]
-their_d, their_m = theirs[:4].view(np.float16)
-low, high = theirs[4:] & 15, theirs[4:] >> 4  # weights 0..15 and 16..31
-print(f"{len(theirs)} bytes for 32 weights: {len(theirs) / 4} bits per weight")
-print(f"d {their_d:.5f} (ours {d:.5f}), m {their_m:.5f} (ours {minimum:.5f})")
-print("codes:", low.tolist())
-print("      ", high.tolist())
-assert codes.tolist() == [*low.tolist(), *high.tolist()]
-parts = {  # what is stored, and what comes back
-    "Q4_1, float16 minimum": get_method("gguf", kind="Q4_1"),
-    "ours, integer zero point": get_method("affine", n_bits=4, group_size=32),
-}
-for name, method in parts.items():
-    stored = method.quantize(W)
-    db = sqnr(W, stored.dequantize())
-    print(f"{name:25} {stored.bits_per_weight:.3f} bits per weight, {db:.2f} dB")
-theirs = gguf.quants.quantize(W.numpy(), gguf.GGMLQuantizationType.Q4_1)
-assert np.array_equal(get_method("gguf", kind="Q4_1").quantize(W).blocks, theirs)
-print(f"course_utils writes the same {theirs.nbytes:,} bytes for the layer as gguf")
-
-# %% [markdown]
-# ## A whole model
-#
-# `quantize_model` replaces every linear layer by one that holds packed codes, scales and zero points, and nothing of the
-# float weight; embeddings, LM head and all inputs stay in float. Each weight simply gets its nearest code: the method is
-# known as **round to nearest**. We try four widths and three granularities.
-#
-# Bits per weight are measured over all stored tensors, and the SQNR over all quantized weights together. **Perplexity** is $e$ to the
-# mean of $-\log p$, with $p$ the probability that the model gave to the token that came: about the number of tokens among which it
-# hesitates. We take it on the evaluation split of the CIA World Factbook, the start of each document. It can be compared down a
-# column, not between models, whose tokens differ. A model that gave every token of its vocabulary the same probability would have the vocabulary's size as its
-# perplexity; what is no better than that is called guessing.
-
-
-# %%
-def weight_sqnr(report, W):
-    """SQNR in dB over all weights of a report, from each layer's relative error."""
-    power = {name: w.square().sum().item() for name, w in W.items()}
-    noise = sum(x.weight_error * power[x.name] for x in report.layers)
-    return 10 * math.log10(sum(power.values()) / noise)
-
-
-n_tokens = profile.pick(quick=2048, cpu=2048, gpu=8192)
-results, protocol = {}, {}
-for name, (model, tokenizer) in models.items():
-    window = min(512, model.config.max_position_embeddings)
-    tokens = evaluation_tokens(tokenizer, n_tokens)
-    protocol[name] = {"corpus": "factbook", "tokens": n_tokens, "window": window}
-    reference = perplexity(model, tokens, window=window)
-    results[name] = {"float": reference.perplexity}
-    for group_size in ("tensor", "row", GROUP_SIZE):
-        for n_bits in (8, 4, 3, 2):
-            method = get_method("affine", n_bits=n_bits, group_size=group_size)
-            quantized = copy.deepcopy(model)
-            report = quantize_model(quantized, method)
-            ppl = perplexity(quantized, tokens, window=window).perplexity
-            db = weight_sqnr(report, weights[name])
-            found = report.bits_per_weight, db, ppl, report.seconds
-            results[name][group_size, n_bits] = found
-    print(f"{name}, float: perplexity {reference}")
-
-# %%
-vocabulary = {name: model.config.vocab_size for name, (model, _) in models.items()}
-units = {"tensor": "tensor", "row": "row", GROUP_SIZE: f"group {GROUP_SIZE}"}
-
-
-def shown(name, ppl):
-    return f"{ppl:.2f}" if ppl < vocabulary[name] else "guessing"
-
-
-for name, table in results.items():
-    key, by = f"linear_mapping.{name}", {"model": name, **protocol[name]}
-    record(f"{key}.float.perplexity", table["float"], "", 0.05, **by)
-    print(f"{name} (float: {table['float']:.2f})")
-    print("scales per  bits   bits per weight     SQNR    perplexity   seconds")
-    for (size, n_bits), (bits, db, ppl, seconds) in list(table.items())[1:]:
-        line = f"{units[size]:10} {n_bits:5} {bits:17.3f} {db:8.1f}"
-        print(f"{line} {shown(name, ppl):>13} {seconds:9.1f}")
-        part = f"{key}.w{n_bits}_{size if isinstance(size, str) else f'g{size}'}"
-        record(f"{part}.bits_per_weight", bits, "bits", 1e-6, **by)
-        record(f"{part}.sqnr", db, "dB", 0.05, **by)
-        compared = max(0.05, 0.02 * ppl) if ppl < vocabulary[name] else None
-        record(f"{part}.perplexity", ppl, "", compared, **by)
-
-# %%
-panels = {}
-for name, table in results.items():
-    panels[name] = {}
-    for size, unit in units.items():
-        points = [table[size, n_bits] for n_bits in (2, 3, 4, 8)]
-        points = [p for p in points if p[2] < vocabulary[name]]
-        panels[name][unit] = [p[0] for p in points], [p[2] for p in points]
-xlabel = "measured bits per weight"
-figure = error_against_bits(panels, "perplexity", xlabel=xlabel, log=True)
-plt.show()
-for name, table in results.items():
-    variants = list(table.values())[1:]
-    near = [v for v in variants if v[2] < 1.05 * table["float"]]
-    lost = [v for v in variants if v[2] > 2 * table["float"]]
-    print(f"{name}, {len(variants)} variants:")
-    if near:
-        print(f"  {len(near)} stay within 5% of float's perplexity; the lowest SQNR")
-        print(f"  among them is {min(v[1] for v in near):.1f} dB.")
-    if lost:
-        print(f"  {len(lost)} double it or worse; the highest SQNR among them")
-        print(f"  is {max(v[1] for v in lost):.1f} dB.")
-    fine, coarse = table[GROUP_SIZE, 3], table["tensor", 4]
-    verb = "beat" if fine[2] < coarse[2] else "do not beat"
-    print(f"  3 bits in groups of {GROUP_SIZE} {verb} 4 bits with one scale a tensor:")
-    print(f"  {shown(name, fine[2])} against {shown(name, coarse[2])}.")
-
-# %% [markdown]
-# *Figure: perplexity, on a logarithmic scale, against measured bits per weight; one panel a model, one curve for each
-# granularity, with points at 2, 3, 4 and 8 bits per code. What the table calls guessing is left out.*
-#
-# Read the table down: each bit less costs about 6 dB, at few bits somewhat more, as the law says, until the dead zone leaves nothing to lose. The perplexity
-# hardly moves at first and then explodes. Compare the granularities at one width: a finer scale buys decibels for a fraction of
-# a bit, where a whole bit buys six. (Where the measured bits exceed the formula above, it is because the codes and zero points of a
-# row fill whole bytes.)
-#
-# The seconds are those of quantizing: a few passes over the weights, and packing. Whether the *quantized model* runs faster depends on its
-# kernel; the one used here decodes the weights for every product. `packed_kernels` is about that.
-#
-# One price is paid before any of these: SmolLM2's noise inside the cells of its 4-bit grid. We compare the dithered model with the plain one, on the same tokens.
+# $\hat r = d\,q + m$. We compare it with our format at the same group size.
 
 # %% tags=["folded"]
-# The dithered SmolLM2 against the plain one, where the profile has it.
-if "smollm2-135m-dithered" in models:
-    dithered, tokenizer = models["smollm2-135m-dithered"]
-    how = {"dtype": profile.dtype, "device": profile.device}
-    plain = load_model("smollm2-135m-q4_1", **how).model
-    measured_on = profile.protocol(dithered)
-    cost = compare(dithered, plain, measured_on.text(tokenizer))
-    print(f"smollm2-135m-dithered: {cost}")
-    by = {"model": "smollm2-135m-dithered", **measured_on.fields}
-    record("linear_mapping.dithered.loss", cost.loss.value, "nats", 0.01, **by)
-else:
-    print("This profile has no dithered model; `cpu` compares it with the plain one.")
+# The layer in Q4_1, by gguf and by the package, and in our format.
+import gguf
+import numpy as np
+
+stored = get_method("gguf", kind="Q4_1").quantize(W)
+theirs = gguf.quants.quantize(W.numpy(), gguf.GGMLQuantizationType.Q4_1)
+assert np.array_equal(stored.blocks, theirs)
+print(f"course_utils writes the same {theirs.nbytes:,} bytes for the layer as gguf")
+own = get_method("affine", n_bits=4, group_size=32).quantize(W)
+for title, kept in (("Q4_1, float16 minimum", stored), ("ours, zero point", own)):
+    db = sqnr(W, kept.dequantize())
+    print(f"{title:22} {kept.bits_per_weight:.3f} bits per weight, {db:.2f} dB")
+    key = f"linear_mapping.formats.{title.split(',')[0]}"
+    record(f"{key}.sqnr", db, "dB", 0.02, model=first)
+    record(f"{key}.bits_per_weight", kept.bits_per_weight, "bits", 1e-6, model=first)
 
 # %% [markdown]
-# In the recorded run the noise costs SmolLM2 {{linear_mapping.dithered.loss:.3f}} nats per token. Methods of 4 bits and fewer all start from the dithered model,
-# so no comparison between them contains this price.
+# The package writes gguf's bytes. In the recorded run `Q4_1` takes {{linear_mapping.formats.Q4_1.bits_per_weight:.3f}} bits per weight for {{linear_mapping.formats.Q4_1.sqnr:.2f}} dB, and ours {{linear_mapping.formats.ours.bits_per_weight:.3f}} for
+# {{linear_mapping.formats.ours.sqnr:.2f}} dB: an integer zero point is cheaper than a float minimum, and moves the grid by up to half a step.
 #
-# ## Why do groups help? A control
+# ## What you saw
 #
-# Two explanations. Perhaps **neighbours are alike**: rows and groups differ in size, and each gets the scale that fits it. Or
-# perhaps it is **only their number**: among few numbers the largest is less extreme than among a million, whatever they are. The
-# control tells them apart: shuffle all weights of a layer, then quantize. What is left of the gain is due to number alone.
-
-
-# %%
-def sqnr_in_groups(W_of, size, shuffle=False, symmetric=False):
-    """4-bit SQNR over all matrices; `size` weights a scale, or "row", or "tensor"."""
-    before, after = [], []
-    for W in W_of.values():
-        r = W.flatten()
-        if shuffle:
-            r = r[torch.randperm(len(r), generator=generator)]
-        r = r.view(-1, {"row": W.shape[1], "tensor": len(r)}.get(size, size))
-        S, Z = scale_and_zero_point(r, 0, 15, symmetric)
-        before.append(r.flatten())
-        after.append(dequantize(quantize(r, S, Z, 0, 15), S, Z).flatten())
-    return sqnr(torch.cat(before), torch.cat(after))
-
-
-for name, W_of in weights.items():
-    base = sqnr_in_groups(W_of, "tensor")
-    print(f"{name}, 4 bits, SQNR above that of one scale a tensor, {base:.1f} dB:")
-    for size in ("row", GROUP_SIZE):
-        gain = sqnr_in_groups(W_of, size) - base
-        left = sqnr_in_groups(W_of, size, shuffle=True) - base
-        kept = f"shuffled {left:.1f} dB, {left / gain:.0%} of it"
-        print(f"  {units[size]}: {gain:.1f} dB; {kept}")
-        part = f"linear_mapping.{name}.{'row' if size == 'row' else 'group'}_gain"
-        record(part, gain, "dB", 0.05, model=name)
-        record(f"{part}_shuffled", left, "dB", 0.1, model=name)
-    gain = sqnr_in_groups(W_of, GROUP_SIZE, symmetric=True) - base
-    print(f"  {units[GROUP_SIZE]}, symmetric, not shuffled: {gain:.1f} dB")
-
-# %% [markdown]
-# If the shuffled weights keep most of the gain, a group is good because it is *small*: it rarely holds an extreme, and
-# when it does, few others suffer. The last line does without zero points; what it falls short of the
-# asymmetric groups is what zero points are worth. Among few weights, the minimum and the maximum are rarely equally far from zero.
+# - **To codes and back.** $r = S(q - Z)$ gave 0 back exactly, and every number inside the range within half a step. Outside, the error had no bound. Symmetric grids come in two conventions; with half codes the largest positive number comes back half a step short.
+# - **The error before measuring.** $S^2/12$ was right within {{linear_mapping.law.apart_8:.2f}} dB at 8 bits in the recorded run, and failed at few bits, where the dead zone took {{linear_mapping.zeros.tensor_3:.0%}} of one layer's weights at 3 bits.
+# - **Scales.** Three bits in groups of 64 beat four bits with one scale a tensor on course-lm, by {{linear_mapping.course-lm.fine_less_coarse:+.3f}} ± {{linear_mapping.course-lm.fine_less_coarse_error:.3f}} nats. The control found {{linear_mapping.course-lm.group_gain_kept:.0%}} of the gain in decibels without the weights' order: groups help because they are small.
+# - **Bytes.** Codes were packed without waste. They equal PyTorch's codes, and `Q4_1`'s bytes equal llama.cpp's.
+# - **A model.** In groups of 64, course-lm lost {{linear_mapping.course-lm.w8_g64.loss:+.4f}} ± {{linear_mapping.course-lm.w8_g64.loss_error:.4f}} nats at 8 bits, {{linear_mapping.course-lm.w4_g64.loss:+.3f}} ± {{linear_mapping.course-lm.w4_g64.loss_error:.3f}} at 4, {{linear_mapping.course-lm.w3_g64.loss:+.3f}} ± {{linear_mapping.course-lm.w3_g64.loss_error:.3f}} at 3 and {{linear_mapping.course-lm.w2_g64.loss:+.2f}} ± {{linear_mapping.course-lm.w2_g64.loss_error:.2f}} at 2.
 #
 # ## Limits
 #
-# - Evenly spaced levels suit evenly spread numbers. Weights crowd around zero; NF4, the subject of a later notebook, puts its levels
-#   where they are.
+# - Evenly spaced levels suit evenly spread numbers. Weights crowd around zero; NF4 puts its levels where they are.
 # - Minimum and maximum are one choice of a range, at few bits a poor one: `dynamic_range`.
 # - The squared error of the weights is not that of the output, and not all weights matter alike. GPTQ rounds with the inputs in
 #   view, AWQ scales the weights that matter.
-# - The SQNR does not say how many decibels a model needs. That has to be measured, model by model.
 # - Nothing was computed with the codes: every product here is one of floats. Integers only: `integer_arithmetic`.
-# - The $S^2/12$ law is an average over many numbers in many cells. For one number it says nothing.
+# - SmolLM2 was measured on 1,024 tokens only. The errors say what that is worth.
 #
 # ## Exercises
 #
@@ -772,7 +824,7 @@ for name, W_of in weights.items():
 # *Difficulty 1/5 · 10 minutes · 1 point · no GPU*
 #
 # A ReLU's output has no negative number. Quantize it to unsigned codes so that no code is wasted, and
-# survive an output of zeros only.
+# survive an output of zeros only. The codes may have any integer type that holds them.
 
 
 # %% tags=["exercise"]
@@ -781,7 +833,7 @@ def quantize_relu(x, n_bits):
 
     Approach: the range is 0 to max(x); the codes are 0 to 2^n_bits - 1.
     Example: [0, 1, 2, 3] at 2 bits gives the codes [0, 1, 2, 3] and S = 1.
-    Hint: for zeros only, S = 1 gives codes 0 and comes back as zeros.
+    Hint: for zeros only, return codes 0 and S = 1.
     """
     ### BEGIN SOLUTION
     S = x.max() / (2**n_bits - 1)
@@ -791,15 +843,24 @@ def quantize_relu(x, n_bits):
 
 
 # %% tags=["exercise-tests"]
-codes, S = quantize_relu(torch.tensor([0.0, 1.0, 2.0, 3.0]), 2)
-assert codes.tolist() == [0, 1, 2, 3] and S == 1, "there are 2^n - 1 steps, not 2^n"
+codes, S = quantize_relu(torch.tensor([0.0, 0.75, 1.25, 3.0]), 2)
+assert S == 1, "S is the range over 2^n - 1 steps, not over 2^n or half of them"
+assert codes.tolist() == [0, 1, 1, 3], "0.75 is nearer to 1: round, do not cut off"
+codes, S = quantize_relu(torch.tensor([0.0, 51.0, 128.25, 255.0]), 8)
+assert codes.tolist() == [0, 51, 128, 255], "255 does not fit into int8: it wraps to -1"
 codes, S = quantize_relu(torch.zeros(4), 4)
-assert codes.tolist() == [0] * 4 and S > 0, "zeros only: do you divide by zero?"
+assert S == 1, "zeros only: S is 1 then; do you divide by zero?"
+assert codes.tolist() == [0] * 4, "zeros only: their codes are 0"
 ### BEGIN HIDDEN TESTS
-probe = torch.randn(20_000, generator=torch.Generator().manual_seed(0)).relu()
+draw = torch.Generator().manual_seed(0)
+whole = torch.randint(0, 16, (200,), generator=draw)
+whole[0] = 15
+near = torch.randint(-3, 4, (200,), generator=draw) / 8  # no ties
+probe = ((whole + near) * 0.25).clamp(0, 15 * 0.25)
 codes, S = quantize_relu(probe, 4)
-assert codes.min() == 0 and codes.max() == 15, "all sixteen codes are there to be used"
-assert ((codes * S - probe).abs() <= S / 2 * 1.0001).all(), "at most half a step"
+probe_max = probe.max().item()
+assert abs(S - probe_max / 15) < 1e-6, "S is max(x) / 15 at four bits"
+assert codes.tolist() == torch.round(probe / (probe_max / 15)).tolist(), "nearest codes"
 ### END HIDDEN TESTS
 
 # %% [markdown] tags=["exercise-statement"]
@@ -807,7 +868,7 @@ assert ((codes * S - probe).abs() <= S / 2 * 1.0001).all(), "at most half a step
 # *Difficulty 3/5 · 15 minutes · 2 points · no GPU*
 #
 # A kernel has no matrix of bits: it loads three bytes, puts them together into one number of 24 bits, and takes eight codes out
-# of it by shifts and a mask. Write that.
+# of it by shifts and a mask. Write that, for any number of triples.
 
 
 # %% tags=["exercise"]
@@ -827,12 +888,21 @@ def unpack_three_bits(packed):
 
 # %% tags=["exercise-tests"]
 example = torch.tensor([0b11010001, 0b01011000, 0b00011111], dtype=torch.uint8)
-assert unpack_three_bits(example)[:2].tolist() == [1, 2], "code 0 is in the lowest bits"
-assert unpack_three_bits(example)[2] == 3, "code 2 straddles bytes 0 and 1"
-assert unpack_three_bits(example).numel() == 8, "three bytes hold eight codes"
+found = unpack_three_bits(example).tolist()
+assert len(found) == 8, "three bytes hold eight codes"
+assert found[:2] == [1, 2], "code 0 is in the lowest bits of byte 0"
+assert found[2] == 3, "code 2 straddles bytes 0 and 1: did a uint8 lose bits?"
+assert found == [1, 2, 3, 4, 5, 6, 7, 0], "byte 1 is worth 2^8, byte 2 is worth 2^16"
+two = torch.tensor([71, 229, 140, 71, 229, 140], dtype=torch.uint8)
+found = unpack_three_bits(two).tolist()
+assert found == 2 * [7, 0, 5, 2, 6, 1, 3, 4], "triples are unpacked one by one"
 ### BEGIN HIDDEN TESTS
-probe = torch.randint(0, 8, (80,), generator=torch.Generator().manual_seed(0))
-assert torch.equal(unpack_three_bits(packing.pack(probe, 3)).long(), probe)
+from course_utils.kernels.packing import pack as packed_by_package
+
+draw = torch.Generator().manual_seed(0)
+probe = torch.randint(0, 8, (80,), generator=draw)
+found = unpack_three_bits(packed_by_package(probe, 3)).tolist()
+assert found == probe.tolist(), "ten triples with all codes come back, in their order"
 ### END HIDDEN TESTS
 
 # %% [markdown] tags=["exercise-statement"]
@@ -858,17 +928,55 @@ def exact_bits(levels, most=8):
 
 
 # %% tags=["exercise-tests"]
-assert exact_bits(4) == [2, 4, 6, 8], "count steps, not levels: 4 levels are 3 steps"
+assert exact_bits(4) == [2, 4, 6, 8], "4 levels are 3 steps; 8 bits count as well"
 assert exact_bits(16) == [4, 8], "five bits are worse than four: 31 steps against 15"
 assert exact_bits(12) == [], "no grid of 8 bits or fewer has a multiple of 11 steps"
+assert exact_bits(4, most=12) == [2, 4, 6, 8, 10, 12], "`most` is the largest n_bits"
+assert exact_bits(4, most=3) == [2], "`most` is the largest n_bits"
 ### BEGIN HIDDEN TESTS
 for levels in (2, 4, 6, 8, 16, 18):
     on_grid, exact = torch.linspace(0, 1, levels), []
-    for n in range(1, 9):
+    for n in range(1, 10):
         back = (on_grid * (2**n - 1)).round() / (2**n - 1)
         if (back - on_grid).abs().max() < 1e-6:  # float32 itself rounds
             exact.append(n)
-    assert exact_bits(levels) == exact, levels
+    assert exact_bits(levels, most=9) == exact, f"{levels} levels: {exact} lose nothing"
+### END HIDDEN TESTS
+
+# %% [markdown] tags=["exercise-statement"]
+# ### Exercise 4: how many bits for so many decibels?
+# *Difficulty 3/5 · 15 minutes · 2 points · no GPU*
+#
+# A tensor's range is $\pm a$, and its largest magnitude $a$ is `peak` times its root mean square. By the $S^2/12$ law, how many bits does it need for a wanted SQNR? Then read: what does a peak
+# twice as high cost?
+
+
+# %% tags=["exercise"]
+def bits_needed(peak, decibels):
+    """The smallest n_bits (2 to 24) whose SQNR by the law is at least `decibels`.
+
+    Approach: with a root mean square of 1 the range is 2 * peak, S is the range over
+    2^n - 1 steps, and the noise is S^2 / 12.
+    Example: a peak of 4 and 40 dB give 8; a peak of 8 needs 9, one bit more.
+    Hint: a loop over n_bits is enough. Decibels are 10 log10 of a ratio of powers.
+    """
+    ### BEGIN SOLUTION
+    for n_bits in range(2, 25):
+        S = 2 * peak / (2**n_bits - 1)
+        if 10 * math.log10(12 / S**2) >= decibels:
+            return n_bits
+    ### END SOLUTION
+
+
+# %% tags=["exercise-tests"]
+assert bits_needed(4, 40) == 8, "the range is 2 * peak wide, and the noise S^2 / 12"
+assert bits_needed(8, 40) == 9, "twice the peak is twice the step: 6 dB, one bit"
+assert bits_needed(2, 9) == 3, "there are 2^n - 1 steps: 3 at two bits, not 4"
+### BEGIN HIDDEN TESTS
+wanted = [(1.5, 20, 4), (3, 30, 6), (10, 45, 11), (40, 20, 8), (2, 8, 2)]
+for peak, decibels, n_bits in wanted:
+    said = f"a peak of {peak} and {decibels} dB need {n_bits} bits by the law"
+    assert bits_needed(peak, decibels) == n_bits, said
 ### END HIDDEN TESTS
 
 # %% [markdown]
