@@ -18,9 +18,9 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
 
     Exact for k up to (2^31 - 1) // 128^2 = 131,071; beyond that an int32 sum could overflow, so longer
     ones are refused.
-    A few rows of `a` are multiplied by compiled code, many by torch's own integer product where that is
-    exact on this processor. Elsewhere it is computed piece by piece in float32, which is exact for pieces of
-    1,024 columns; the pieces are added as int32.
+    A few rows of `a` are multiplied by compiled code, many by torch's own integer product where the processor
+    has instructions for it (VNNI). Elsewhere it is computed piece by piece in float32, which is exact for
+    pieces of 1,024 columns; the pieces are added as int32.
     """
     if a.dtype != torch.int8 or b.dtype != torch.int8:
         raise TypeError(f"int8_matmul needs int8 codes, got {a.dtype} and {b.dtype}")
@@ -33,7 +33,7 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.numel() and b.numel() and is_compiled(a.device):
         if len(a) <= FEW_ROWS:
             return _compiled(a.contiguous(), b.contiguous())
-        if _torch_is_exact():
+        if _torch_is_quick_and_exact():
             return torch._int_mm(a, b.T)
     return _in_float_pieces(a, b)
 
@@ -46,8 +46,13 @@ def _compiled(a: Tensor, b: Tensor) -> Tensor:
 
 
 @cache
-def _torch_is_exact() -> bool:
-    """Whether torch multiplies the largest codes exactly: without VNNI, pairs of products may saturate."""
+def _torch_is_quick_and_exact() -> bool:
+    """Whether torch has more than a plain loop, thirty times slower than float32, and it is right.
+
+    Pairs of the largest products saturate in instructions older than VNNI.
+    """
+    if not torch.cpu._is_vnni_supported():
+        return False
     codes = torch.tensor([-128, 127], dtype=torch.int8).repeat(32)[:, None].expand(64, 256)
     return torch.equal(torch._int_mm(codes, codes.T), _in_float_pieces(codes, codes))
 
