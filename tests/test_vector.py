@@ -170,7 +170,7 @@ def test_the_column_loop_lowers_the_output_error(make):
         (outputs - x @ method.quantize(weight, seen(x)).dequantize().T).square().sum().item()
         for method in (make(), make(full=True))
     )
-    assert made_up < 0.8 * plain
+    assert made_up < 0.9 * plain
 
 
 def test_codes_of_the_column_loop_decode_to_what_the_loop_chose():

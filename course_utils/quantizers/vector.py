@@ -1,11 +1,11 @@
 """Vector codebooks: one code for 2, 4 or 8 neighbouring weights, by k-means, in one stage or several.
 
-The codebook is fitted to the very weight it stores, row by row scaled to a mean square of 1, and is stored
-with it. With several codebooks a vector is a sum of entries, one of each: a residual codebook fits what the
-ones before have left; `sweeps` then fit each anew to what all others leave, which is what makes AQLM's
-additive codebooks (Egiazarian et al. 2024, arXiv 2401.06118) more than residual ones. Left out of AQLM: its
-beam search, and the training of codebooks on a block's output. Built step by step in
-`chronology/tpoti_two_bit_ladder`.
+The codebook is fitted to the very weight it stores (to 32,768 of its vectors, where there are more), row by
+row scaled to a mean square of 1, and is stored with it. With several codebooks a vector is a sum of entries,
+one of each: a residual codebook fits what the ones before have left; `sweeps` then fit each anew to what all
+others leave, which is what makes AQLM's additive codebooks (Egiazarian et al. 2024, arXiv 2401.06118) more
+than residual ones. Left out of AQLM: its beam search, and the training of codebooks on a block's output.
+Built step by step in `chronology/tpoti_two_bit_ladder`.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from course_utils.grids.vectors import kmeans, nearest_vectors
 from course_utils.kernels import pack, unpack
 
 USES = ("none", "diagonal", "full")
+FITTED = 2**15  # vectors, drawn at random, that a codebook is fitted to: 128 for each of 256 entries
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,15 @@ class Vector(HessianMethod):
             codes[stage] = nearest_vectors(left, books[stage], w)
             left.sub_(books[stage][codes[stage]])
 
+        draw = torch.Generator().manual_seed(self.seed)
+        some = torch.randperm(len(x), generator=draw)[:FITTED].to(x.device)
         for stage in range(self.codebooks):
-            refit(stage, kmeans(left, entries, w, seed=self.seed))
+            refit(stage, kmeans(left[some], entries, w[some], seed=self.seed))
         for _ in range(self.sweeps):
             for stage in range(self.codebooks):
                 left += books[stage][codes[stage]]
-                refit(stage, kmeans(left, entries, w, start=books[stage], iterations=2))
+                start = books[stage]
+                refit(stage, kmeans(left[some], entries, w[some], start=start, iterations=2))
         return books, codes
 
     def _compensated(
