@@ -10,11 +10,11 @@ from course_utils.tools import cli
 from course_utils.tools.notebooks import build as building
 from course_utils.tools.notebooks.check import check, warnings
 from course_utils.tools.notebooks.execute import NotebookFailed
-from course_utils.tools.notebooks.exercises import student_version
 from course_utils.tools.notebooks.fillings import fill, filling_problems, unfilled
 from course_utils.tools.notebooks.folding import SOLUTION_TITLE
 from course_utils.tools.notebooks.pairs import Notebook, from_script, tagged
 from course_utils.tools.notebooks.reader import readers_version
+from course_utils.tools.notebooks.students import student_version
 
 RECORD = """# %% tags=["folded"]
 # Records of the gain
@@ -239,7 +239,7 @@ def test_readers_try_first_with_the_stub_and_find_the_solution_folded_below(samp
 
 
 def test_students_see_the_cell_that_they_write_and_no_second_stub(sample):
-    nb = student_version(from_script(sample))
+    nb = student_version(from_script(sample), sample.name)
     statement, exercise, _ = nb.cells[-3:]
     assert "Try it first" not in statement.source
     assert "jupyter" not in exercise.metadata and not exercise.source.startswith("#@title")
