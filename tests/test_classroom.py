@@ -123,7 +123,9 @@ def test_it_keeps_of_the_opening_what_the_exercises_use(given):
 
 
 def test_an_opening_keeps_all_of_a_long_import_that_is_used(sample):
-    long = "from course_utils.models.registry import a_name_that_is_long, another_name, one_more_name"
+    long = (
+        "from course_utils.models.registry import a_name_that_is_long, another_name, one_more_name"
+    )
     tests = '# %% tags=["exercise-tests"]\nassert a_name_that_is_long(another_name, one_more_name)'
     sample.script.write_text(script(imports=f"# %%\n{long}, unused", tests=tests))
     nb = student_version(from_script(sample), NAME)
@@ -147,7 +149,9 @@ def test_the_first_stub_names_its_exercise_and_lets_run_all_go_on(given, tmp_pat
     first, second = self_check(file)
     assert first.reason == "NotImplementedError: Exercise 1, double: put your code here"
     assert (second.points, second.reason) == (2, "")
-    assert all("raises-exception" in cell.metadata["tags"] for cell in tagged(given, "exercise-tests"))
+    assert all(
+        "raises-exception" in cell.metadata["tags"] for cell in tagged(given, "exercise-tests")
+    )
 
 
 def test_course_student_overwrites_nothing_without_force(sample, monkeypatch):
@@ -172,7 +176,10 @@ def test_course_student_overwrites_nothing_without_force(sample, monkeypatch):
             {"statement": "refuses:course_utils.cache", "body": "return cache.MODEL"},
             "use cache of course_utils.cache, which an exercise refuses",
         ),
-        ({"imports": "from course_utils.cache import double"}, "imports double, and an exercise asks"),
+        (
+            {"imports": "from course_utils.cache import double"},
+            "imports double, and an exercise asks",
+        ),
     ],
 )
 def test_course_check_sees_what_hands_over_an_answer(sample, changed, told):
@@ -236,7 +243,7 @@ def test_cells_of_their_own_stay_and_a_copied_cell_counts_once(given):
     restored, mended = classroom.restore(nb, given)
     assert not mended and len(restored.cells) == len(given.cells) + 2
     counted = [c for c in restored.cells if c.metadata.get("nbgrader", {}).get("solution")]
-    assert [cell.source for cell in counted][0] == copied.source and len(counted) == 2
+    assert counted[0].source == copied.source and len(counted) == 2
 
 
 # Grading, with faults in the student's file
@@ -427,4 +434,6 @@ def test_the_handbook_names_notebooks_that_exist_with_their_minutes():
         (notebook,) = find_notebooks(ROOT, [name])
         opening = " ".join(notebook.script.read_text(encoding="utf-8").split())
         told = re.search(r"It takes about (an hour|\d+ minutes) to read and work", opening)
-        assert told and told[1] in (f"{minutes} minutes", "an hour" if minutes == "60" else ""), name
+        assert told and told[1] in (f"{minutes} minutes", "an hour" if minutes == "60" else ""), (
+            name
+        )

@@ -14,6 +14,7 @@ MUTANTS = {
         ("errors stay in their block", "W[:, stop:] -= errors @ U[start:stop, stop:]", "pass"),
         ("W is written over", "W, codes = W.clone(), ", "codes = "),
         ("errors behind have the wrong sign", "W[:, stop:] -=", "W[:, stop:] +="),
+        ("not divided by the pivot", "/ U[k, k]", ""),
     ],
     3: [
         ("no minus one", "(z - 1)", "z"),

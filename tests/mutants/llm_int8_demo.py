@@ -2,23 +2,28 @@
 
 MUTANTS = {
     1: [
-        ("scale by 128", "127 / absmax", "128 / absmax"),
-        ("the wrong axis", "x.abs().amax(1)", "x.abs().amax(0)"),
+        ("zero rows are forgotten", "torch.where(absmax > 0, absmax / 127, 1.0)", "absmax / 127"),
+        ("scale by 128", "absmax / 127", "absmax / 128"),
         ("one absmax for all rows", "x.abs().amax(1)", "x.abs().amax().expand(len(x))"),
+        ("absmax for the step", "torch.int8), step", "torch.int8), absmax"),
     ],
     2: [
         ("the largest code for the largest product", "2**24 // 127**2", "2**24 // 127"),
         ("no square of the quotient", "(2**24 / variance) ** 2", "2**24 / variance"),
-        ("codes to -128", "2**24 // 127**2", "2**24 // 128**2"),
+        ("the variance of a continuous uniform", "127 * 128 / 3", "127**2 / 3"),
     ],
     3: [
-        ("the k features stay in the rest", "rest[:, top] = 0", "pass"),
+        ("ranked by the mean", "x.abs().amax(0)", "x.abs().mean(0)"),
+        ("W stays in float", "int8_matmul(x_q, w_q) * (x_step[:, None] * w_step)",
+         "(x_q * x_step[:, None]) @ W.T"),
+        ("the root of the error", "y.square().sum()).item()", "y.square().sum()).sqrt().item()"),
         ("the k features are lost", "x[:, top] @ W[:, top].T", "0"),
-        ("the smallest features", "x.abs().amax(0)", "-x.abs().amax(0)"),
     ],
     4: [
         ("scales are free", "32 * scales", "0 * scales"),
         ("divided by the weights alone", "/ (weights + other_parameters)", "/ weights"),
         ("other parameters in 16 bits", "32 * other_parameters", "16 * other_parameters"),
+        ("a mean over layers", "bits / (weights + other_parameters)",
+         "(sum(8 + 32 / n for _, n in linear_shapes) / len(linear_shapes) if linear_shapes else 32)"),
     ],
-}
+}  # fmt: skip

@@ -69,7 +69,9 @@ def assignments(
         typer.echo(
             f"{classroom.short(notebook)}: {len(found)} exercises, {points} points, {minutes} minutes"
         )
-    typer.echo(f"\nHand out {out / 'release'}. What comes back goes to {out / 'submitted'}/STUDENT/NAME/.")
+    typer.echo(
+        f"\nHand out {out / 'release'}. What comes back goes to {out / 'submitted'}/STUDENT/NAME/."
+    )
     if secret is None:
         typer.echo("Hidden tests draw from public seeds: give --seed-file for others.")
 
@@ -109,11 +111,15 @@ def grade(
     from course_utils.tools.notebooks import grading
 
     for graded in grading.grade(folder, names, seconds):
-        typer.echo(f"{graded.student}, {graded.assignment}: {graded.points} of {graded.most} points")
+        typer.echo(
+            f"{graded.student}, {graded.assignment}: {graded.points} of {graded.most} points"
+        )
         for note in graded.notes:
             typer.echo(f"  {note}")
         _tell(graded.exercises)
-    typer.echo(f"\nThe grades are in {folder / 'grades.csv'}, the feedback in {folder / 'feedback'}.")
+    typer.echo(
+        f"\nThe grades are in {folder / 'grades.csv'}, the feedback in {folder / 'feedback'}."
+    )
 
 
 @app.command()
@@ -136,4 +142,6 @@ def self_check(
 def _tell(found: list["Outcome"]) -> None:
     for outcome in found:
         told = outcome.reason or "passed"
-        typer.echo(f"  {outcome.number}. {outcome.title}: {outcome.points} of {outcome.most}, {told}")
+        typer.echo(
+            f"  {outcome.number}. {outcome.title}: {outcome.points} of {outcome.most}, {told}"
+        )

@@ -19,6 +19,7 @@ from course_utils.tools import CourseError
 from course_utils.tools.notebooks.pairs import Notebook, from_script, tagged
 from course_utils.tools.notebooks.students import student_version
 
+NOT_RUN = "it was not run"
 SEED = re.compile(r"^(?P<head>\s*\w+ = )0(?P<tail>  # the teacher's seed)[ \t]*$", re.M)
 CONFIG = '''\
 """Settings of nbgrader for this folder, written by `course assignments`."""
@@ -173,8 +174,9 @@ def outcomes(nb: NotebookNode) -> list[Outcome]:
         answer = cells.get(f"exercise-{told['number']}")
         tests = cells.get(f"exercise-tests-{told['number']}")
         reason = failure(tests) if tests else "its cell of tests is missing"
-        if reason and answer and failure(answer):
-            reason = f"its own cell ends in {failure(answer)}"
+        broken = failure(answer) if answer else ""
+        if reason and broken not in ("", NOT_RUN):
+            reason = f"its own cell ends in {broken}"
         points = 0 if reason else told["points"]
         found.append(Outcome(told["number"], told["title"], points, told["points"], reason))
     return found
@@ -188,7 +190,7 @@ def failure(cell: NotebookNode) -> str:
         if output.ename == "AssertionError":
             return told[0] if told else "an assertion failed that has no message"
         return f"{output.ename}: {told[0]}" if told else output.ename
-    return "" if cell.execution_count is not None else "it was not run"
+    return "" if cell.execution_count is not None else NOT_RUN
 
 
 def _known_as(cell: NotebookNode, wanted: dict[str, NotebookNode]) -> str | None:
@@ -200,9 +202,9 @@ def _known_as(cell: NotebookNode, wanted: dict[str, NotebookNode]) -> str | None
         if cell.get("id") == given.id:
             return known
         head = re.search(r"^(def|class) \w+", given.source, re.M)
-        if "exercise" in given.metadata.get("tags", []) and head:
-            if re.search(rf"^{head[0]}\b", cell.source, re.M):
-                return known
+        is_answer = "exercise" in given.metadata.get("tags", [])
+        if is_answer and head and re.search(rf"^{head[0]}\b", cell.source, re.M):
+            return known
     return None
 
 

@@ -50,8 +50,8 @@ from traitlets.config import Config
 
 from course_utils.tools import CourseError
 from course_utils.tools.notebooks.classroom import Outcome, find_submission, outcomes, restore
-from course_utils.tools.notebooks.exercises import Exercise
 from course_utils.tools.notebooks.execute import kernel_of_its_own, set_environment
+from course_utils.tools.notebooks.exercises import Exercise
 from course_utils.tools.notebooks.students import stub_of
 
 PROFILE = "quick"
@@ -118,7 +118,9 @@ class RunSubmission(Execute):
         try:
             super().preprocess(nb, resources, km)
         except (DeadKernelError, CellControlSignal) as error:
-            reason = f"a cell before it ended the run: {(str(error).splitlines() or ['timeout'])[0]}"
+            reason = (
+                f"a cell before it ended the run: {(str(error).splitlines() or ['timeout'])[0]}"
+            )
         for cell in nb.cells:
             if cell.metadata.get("nbgrader", {}).get("grade"):
                 _settle(cell, reason)
@@ -174,7 +176,9 @@ def grade(
     """
     known = sorted(path.name for path in folder.glob("source/*") if path.is_dir())
     if not (folder / "gradebook.db").is_file() or not known:
-        raise CourseError(f"{folder} holds no assignments: run `course assignments --out {folder}`.")
+        raise CourseError(
+            f"{folder} holds no assignments: run `course assignments --out {folder}`."
+        )
     for name in assignments or []:
         if name not in known:
             raise CourseError(f"there is no assignment {name!r} in {folder}: {', '.join(known)}.")

@@ -1,9 +1,9 @@
 """Student versions: a small notebook of its own, with the set-up and the exercises of a course notebook.
 
 Nothing in it is written by hand. Of the opening it keeps what the exercises use, so that no import hands
-over an answer. In place of solutions stand stubs that raise; the cells of tests are tagged `raises-exception`,
-with which JupyterLab's Run All goes on to the next exercise. A cell of its own refuses the modules that the
-exercises name, with the reason.
+over an answer. In place of solutions stand stubs that raise; the cells of tests are tagged
+`raises-exception`, with which JupyterLab's Run All goes on to the next exercise. A cell of its own refuses
+the modules that the exercises name, with the reason.
 """
 
 import ast
@@ -32,7 +32,7 @@ BRANCH = "assignments"  # where `course release-assignments` is meant to be push
 COLUMNS = 88
 # What stands in the place of a module that an exercise refuses. Names that begin with __ are asked for by
 # Python itself, for tracebacks and imports, and are simply not there.
-GUARD = '''\
+GUARD = """\
 # Refuses the modules that hold the answers of these exercises.
 import importlib
 import sys
@@ -52,7 +52,7 @@ class Refused(types.ModuleType):
 for name in REFUSED:
     parent, _, last = name.rpartition(".")
     sys.modules[name] = Refused(name)
-    setattr(importlib.import_module(parent), last, sys.modules[name])'''
+    setattr(importlib.import_module(parent), last, sys.modules[name])"""
 
 ABOUT = """\
 **This is the student version**: {count} exercises, {points} points, about {minutes} minutes. It goes with \
@@ -63,8 +63,8 @@ the notebook [{name}]({page}); read that first, up to its exercises.
 `raises-exception`, as JupyterLab does; elsewhere run the cells one by one.
 - The cell of tests is worth the exercise's points, all or none. When it is graded, further tests are added \
 that you do not see: they try other inputs.
-- Keep the file's name and its cells; cells of your own may stand between them. What is graded is a new run of \
-this file, from its first cell to its last.
+- Keep the file's name and its cells; cells of your own may stand between them. What is graded is a new run \
+of this file, from its first cell to its last.
 - `python -m course_utils self-check FILE` runs the tests that you see, and tells your points.{refused}
 
 | Exercise | Difficulty | Minutes | Points |
@@ -157,7 +157,10 @@ def _head(nb: NotebookNode, name: str, exercises: list[Exercise]) -> NotebookNod
     badge = next(iter(tagged(nb, "badge")), None)
     titles = re.findall(r"^# .*$", badge.source, re.M) if badge else []
     page = f"https://github.com/{REPOSITORY}/blob/{REVISION}/{name}.ipynb"
-    rows = [f"| {e.number}. {e.title} | {e.difficulty}/5 | {e.minutes} | {e.points} |" for e in exercises]
+    rows = [
+        f"| {e.number}. {e.title} | {e.difficulty}/5 | {e.minutes} | {e.points} |"
+        for e in exercises
+    ]
     refused = _refused(exercises)
     about = ABOUT.format(
         count=len(exercises),
@@ -166,7 +169,9 @@ def _head(nb: NotebookNode, name: str, exercises: list[Exercise]) -> NotebookNod
         name=name,
         page=page,
         rows="\n".join(rows),
-        refused="\n- Importing " + ", ".join(f"`{m}`" for m in refused) + " is refused: it holds answers."
+        refused="\n- Importing "
+        + ", ".join(f"`{m}`" for m in refused)
+        + " is refused: it holds answers."
         if refused
         else "",
     )
@@ -254,7 +259,8 @@ def _refused(exercises: list[Exercise]) -> dict[str, str]:
         for module in exercise.refuses:
             by_module.setdefault(module, []).append(exercise.number)
     return {
-        module: "exercise " + " and ".join(map(str, numbers)) for module, numbers in by_module.items()
+        module: "exercise " + " and ".join(map(str, numbers))
+        for module, numbers in by_module.items()
     }
 
 
