@@ -366,7 +366,10 @@ def test_self_check_needs_a_student_version(tmp_path, course):
 # The course's own exercises
 
 
-@pytest.fixture(scope="module", params=["gptq_demo", "llm_int8_demo"])
+MUTATED = sorted(path.stem for path in (ROOT / "tests" / "mutants").glob("*.py"))
+
+
+@pytest.fixture(scope="module", params=MUTATED)
 def bundles(request, tmp_path_factory) -> tuple[Notebook, dict, dict[str, Graded]]:
     """A notebook's mutants, and the grades of its solution, its stubs and each bundle of mutants."""
     folder = tmp_path_factory.mktemp(request.param)
