@@ -193,6 +193,21 @@ def test_course_check_sees_what_hands_over_an_answer(sample, changed, told):
     assert told in "\n".join(check(sample))
 
 
+def test_a_refused_module_cannot_be_reached_and_says_why(given):
+    guard = next(cell.source for cell in given.cells if "class Refused" in cell.source)
+    ways = [
+        "from course_utils.digest import digest",
+        "import course_utils.digest as d; d.digest",
+        "import importlib; importlib.import_module('course_utils.digest').digest",
+        "import course_utils; course_utils.digest.digest",
+    ]
+    loop = "for way in {}:\n    try:\n        exec(way)\n    except ImportError as error:\n        print(error)"
+    code = f"{guard}\n{loop.format(ways)}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    told = "course_utils.digest is refused here: exercise 2 asks you to write it yourself."
+    assert done.stdout.splitlines() == [told] * len(ways), done.stderr
+
+
 # Seeds
 
 

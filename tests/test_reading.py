@@ -257,6 +257,12 @@ def test_warnings_count_the_lines_of_cells_that_teach(sample):
     assert "no section `## What you saw`" in second
 
 
+def test_warnings_count_assertions_that_name_no_mistake(sample):
+    tests = '# %% tags=["exercise-tests"]\nassert double(2) == 4\nassert double(1) == 2, "doubled?"'
+    change(sample, tests=tests)
+    assert any("1 assertions of its exercises have no message" in told for told in warnings(sample))
+
+
 def test_no_warning_where_style_is_kept_and_folded_cells_do_not_count(sample):
     folded = '# %% tags=["folded"]\n# Records\n' + "x = 1\n" * 20
     closing = "# %% [markdown]\n# ## What you saw\n# - It doubles."

@@ -1,5 +1,6 @@
 """Whether scripts, committed notebooks, package and references agree. Runs nothing."""
 
+import ast
 import re
 from statistics import median
 
@@ -57,7 +58,18 @@ def warnings(notebook: Notebook) -> list[str]:
     texts = [cell.source for cell in nb.cells if cell.cell_type == "markdown"]
     if not any(re.search(r"^## What you saw$", text, re.M) for text in texts):
         found.append("it has no section `## What you saw`, which answers what its opening promises")
+    silent = sum(_silent(cell) for cell in tagged(nb, "exercise-tests"))
+    if silent:
+        found.append(
+            f"{silent} assertions of its exercises have no message: name the likely mistake"
+        )
     return [f"{notebook.name}: {warning}" for warning in found]
+
+
+def _silent(cell: NotebookNode) -> int:
+    """How many assertions of a cell say nothing when they fail."""
+    nodes = ast.walk(ast.parse(cell.source))
+    return sum(isinstance(node, ast.Assert) and node.msg is None for node in nodes)
 
 
 def _standard_cell_problems(nb: NotebookNode, notebook: Notebook) -> list[str]:

@@ -84,30 +84,17 @@ def student_version(nb: NotebookNode, name: str, *, solved: bool = False) -> Not
     refused = _refused(exercises)
     cells = [_head(nb, name, exercises), *_opening(nb)]
     if refused:
-        guard = GUARD.format(refused=_literal(refused))
-        cells.append(_new_cell("code", guard, ["setup"]))
-    number = 0
-    for cell in nb.cells:
-        kind = _kind(cell)
-        if kind is None:
-            continue
-        cell = deepcopy(cell)
-        number += kind == KINDS[0]
-        if kind == "exercise-tests":
-            cell.metadata["tags"] = [*tags(cell), "raises-exception"]
-        if not solved:
-            cell.source = stub_of(cell, exercises[number - 1])
-        cells.append(cell)
-    number = 0
+        cells.append(_new_cell("code", GUARD.format(refused=_literal(refused)), ["setup"]))
     for place, cell in enumerate(cells):
-        kind = _kind(cell)
-        number += kind == KINDS[0]
-        points = exercises[number - 1].points if number else 0
-        cell.metadata["nbgrader"] = _metadata(kind, place, number, points)
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-        if kind != "exercise":  # theirs to write, so open
-            fold(cell)
+        _finish(cell, f"opening-{place}")
+    number = 0
+    for cell in (deepcopy(cell) for cell in nb.cells if _kind(cell)):
+        number += _kind(cell) == KINDS[0]
+        exercise = exercises[number - 1]
+        if not solved:
+            cell.source = stub_of(cell, exercise)
+        _finish(cell, f"{_kind(cell)}-{number}", exercise.points)
+        cells.append(cell)
     student = NotebookNode(cells=cells, nbformat=4, nbformat_minor=5)
     told = {"assignment": name, "exercises": [exercise.as_dict() for exercise in exercises]}
     student.metadata = nbformat.from_dict(
@@ -273,15 +260,21 @@ def _kind(cell: NotebookNode) -> str | None:
     return next((tag for tag in tags(cell) if tag in KINDS), None)
 
 
-def _metadata(kind: str | None, place: int, number: int, points: int) -> NotebookNode:
-    """nbgrader's metadata of a cell: what is locked, what is an answer, and what gives points."""
-    grade_id = f"{kind}-{number}" if kind else f"opening-{place}"
+def _finish(cell: NotebookNode, grade_id: str, points: int = 0) -> None:
+    """Add nbgrader's metadata to a cell, in place: what is locked, what is an answer, what gives points."""
+    kind = _kind(cell)
     found = {"grade": False, "solution": False, "locked": True, "task": False}
     if kind == "exercise":
         found |= {"solution": True, "locked": False}
     elif kind == "exercise-tests":
         found |= {"grade": True, "points": points}
-    return nbformat.from_dict(found | {"grade_id": grade_id, "schema_version": 3})
+        cell.metadata["tags"] = [*tags(cell), "raises-exception"]
+    found |= {"grade_id": grade_id, "schema_version": 3}
+    cell.metadata["nbgrader"] = nbformat.from_dict(found)
+    if cell.cell_type == "code":
+        cell.outputs, cell.execution_count = [], None
+    if kind != "exercise":  # theirs to write, so open
+        fold(cell)
 
 
 def _new_cell(kind: str, source: str, tags: list[str]) -> NotebookNode:
