@@ -201,8 +201,14 @@ def test_a_refused_module_cannot_be_reached_and_says_why(given):
         "import importlib; importlib.import_module('course_utils.digest').digest",
         "import course_utils; course_utils.digest.digest",
     ]
-    loop = "for way in {}:\n    try:\n        exec(way)\n    except ImportError as error:\n        print(error)"
-    code = f"{guard}\n{loop.format(ways)}"
+    lines = [
+        f"for way in {ways}:",
+        " try:",
+        "  exec(way)",
+        " except ImportError as e:",
+        "  print(e)",
+    ]
+    code = "\n".join([guard, *lines])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     told = "course_utils.digest is refused here: exercise 2 asks you to write it yourself."
     assert done.stdout.splitlines() == [told] * len(ways), done.stderr
