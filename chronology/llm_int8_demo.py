@@ -984,29 +984,30 @@ assert steps[2] == 1 and not codes[2].any(), "a row of zeros among others"
 # *Difficulty 2/5 · 10 minutes · 2 points · no GPU*
 #
 # A float32 number holds every integer up to $2^{24}$. If an int8 product is computed in float32, as a CPU library may do,
-# for how many features is the sum *guaranteed* to be exact, with codes from -127 to 127? And for codes that are
+# for how many features is the sum *guaranteed* to be exact, with codes from -m to m (127 in int8)? And for codes that are
 # random and uniform, at how many features does a sum typically reach the limit? (The standard deviation of a sum
 # of n independent terms is the square root of n times that of one.)
 
 
 # %% tags=["exercise"]
-def exact_features():
-    """(guaranteed, typical): features up to which float32 sums of products are exact.
+def exact_features(m):
+    """(guaranteed, typical): features up to which sums are exact, with codes -m to m.
 
     Approach: the guarantee is 2^24 over the largest product. For the typical case, one
     term has variance v^2, v the variance of a uniform code; solve sqrt(n) * v = 2^24.
-    Example: with 4-bit codes (-7 to 7) the guarantee would be 342,392 features.
+    Example: with 4-bit codes (m = 7) the guarantee is 342,392 features. Both are whole.
     Hint: a uniform integer from -m to m has variance m (m + 1) / 3.
     """
     ### BEGIN SOLUTION
-    guaranteed = 2**24 // 127**2
-    variance = 127 * 128 / 3
+    guaranteed = 2**24 // m**2
+    variance = m * (m + 1) / 3
     return guaranteed, int((2**24 / variance) ** 2)
     ### END SOLUTION
 
 
 # %% tags=["exercise-tests"]
-guaranteed, typical = exact_features()
+assert exact_features(7)[0] == 342_392, "2^24 / 49, rounded down"
+guaranteed, typical = exact_features(127)
 assert guaranteed == 1040, "divide 2^24 by the largest product of two codes, 127 * 127"
 assert typical > 10_000, "sqrt(n) v = 2^24 gives n = (2^24 / v)^2: square the quotient"
 assert abs(typical - 9_737_947) > 9999, "m (m + 1) / 3 is the variance, not m^2 / 3"
@@ -1014,7 +1015,11 @@ assert abs(typical - 9_586_386) <= 1, "v is 127 * 128 / 3, that of a uniform cod
 ### BEGIN HIDDEN TESTS
 full = torch.full((1, guaranteed), 127.0)
 assert int((full @ full.T).item()) == guaranteed * 127**2, "this many must be exact"
-assert (guaranteed + 1) * 127**2 > 2**24, "and one more is not guaranteed"
+seed = 0  # the teacher's seed
+m = 20 + seed % 90
+guaranteed, typical = exact_features(m)
+assert guaranteed * m**2 <= 2**24 < (guaranteed + 1) * m**2, "codes of another range"
+assert abs(typical**0.5 * m * (m + 1) / 3 / 2**24 - 1) < 1e-4, "and what is typical"
 ### END HIDDEN TESTS
 
 # %% [markdown] tags=["exercise-statement"]

@@ -8,9 +8,10 @@ MUTANTS = {
         ("absmax for the step", "torch.int8), step", "torch.int8), absmax"),
     ],
     2: [
-        ("the largest code for the largest product", "2**24 // 127**2", "2**24 // 127"),
+        ("the largest code for the largest product", "2**24 // m**2", "2**24 // m"),
         ("no square of the quotient", "(2**24 / variance) ** 2", "2**24 / variance"),
-        ("the variance of a continuous uniform", "127 * 128 / 3", "127**2 / 3"),
+        ("the variance of a continuous uniform", "m * (m + 1) / 3", "m**2 / 3"),
+        ("127 whatever m is", "2**24 // m**2", "2**24 // 127**2"),
     ],
     3: [
         ("ranked by the mean", "x.abs().amax(0)", "x.abs().mean(0)"),
