@@ -284,6 +284,7 @@ FAULTS = {
     "deleted_tests": (3, "the cell tests 1 was missing, and was put back"),
     "deleted_exercise": (1, "the cell of exercise 2 is missing"),
     "renamed": (3, "the file was handed in as sample (1).ipynb"),
+    "one_beside": (3, "old.ipynb beside it was not graded"),
     "two_files": (0, "there are 2 notebooks, and none is sample.ipynb"),
     "nothing": (0, "no notebook was handed in"),
     "broken": (0, "sample.ipynb is no notebook that can be read"),
@@ -323,6 +324,8 @@ def graded(course, given, tmp_path_factory) -> dict[str, Graded]:
     }.items():
         hand_in(folder, student, nb)
     hand_in(folder, "renamed", right, file="sample (1).ipynb")
+    hand_in(folder, "one_beside", right)
+    (folder / "submitted" / "one_beside" / "sample" / "old.ipynb").write_text("{}")
     for file in ("sample a.ipynb", "sample b.ipynb"):
         hand_in(folder, "two_files", right, file=file)
     (folder / "submitted" / "nothing").mkdir()

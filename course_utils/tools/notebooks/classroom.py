@@ -112,21 +112,22 @@ def find_submission(folder: Path, name: str) -> tuple[Path | None, str]:
     A file of another name is taken if it is the only notebook there. No file: the reason for zero points.
     """
     wanted = folder / f"{name}.ipynb"
-    found = [wanted] if wanted.is_file() else sorted(folder.glob("*.ipynb"))
-    if not found:
+    every = sorted(folder.glob("*.ipynb"))
+    if not every:
         return None, "no notebook was handed in"
-    if len(found) > 1:
-        names = ", ".join(file.name for file in found)
-        return None, f"there are {len(found)} notebooks, and none is {wanted.name}: {names}"
+    names = ", ".join(file.name for file in every if file != wanted)
+    if wanted not in every and len(every) > 1:
+        return None, f"there are {len(every)} notebooks, and none is {wanted.name}: {names}"
+    file = wanted if wanted in every else every[0]
     try:
-        nb = nbformat.read(found[0], as_version=4)
+        nb = nbformat.read(file, as_version=4)
     except Exception as error:  # whatever a broken file makes nbformat raise
-        return None, f"{found[0].name} is no notebook that can be read: {_first_line(error)}"
+        return None, f"{file.name} is no notebook that can be read: {_first_line(error)}"
     if not any(cell.source.strip() for cell in nb.cells):
-        return None, f"{found[0].name} is empty"
-    if found[0] != wanted:
-        return found[0], f"the file was handed in as {found[0].name}"
-    return wanted, ""
+        return None, f"{file.name} is empty"
+    if file != wanted:
+        return file, f"the file was handed in as {file.name}"
+    return file, f"{names} beside it was not graded" if names else ""
 
 
 def restore(submitted: NotebookNode, given: NotebookNode) -> tuple[NotebookNode, list[str]]:

@@ -11,7 +11,6 @@ costs no points (nbgrader takes it for an error), and a value that a cell ends w
 
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -209,7 +208,7 @@ def _grade_one(
     notes, log = [note] if note else [], []
     if found is not None:
         if found.name != f"{name}.ipynb":
-            shutil.copy(found, submitted / f"{name}.ipynb")
+            found.rename(submitted / f"{name}.ipynb")
         try:
             with _noting(log):
                 _start(Autograde, config, assignment=name, student=student)
