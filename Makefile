@@ -4,7 +4,7 @@
 PYTHON ?= python3
 COURSE = .venv/bin/python -m course_utils
 
-.PHONY: course test test-colab test-gpu oracles lab build check lint clean
+.PHONY: course test test-colab test-gpu oracles assignments release-assignments lab build check lint clean
 
 course: .venv/course.stamp  ## run every notebook in the quick profile
 	$(COURSE) run --profile quick
@@ -12,7 +12,13 @@ course: .venv/course.stamp  ## run every notebook in the quick profile
 test: .venv/test.stamp  ## everything that is tested
 	$(COURSE) test
 
-test-colab: .venv/course.stamp  ## every notebook on the packages of Colab's runtimes
+test-coassignments: .venv/classroom.stamp  ## teachers' and students' versions, into classroom/
+	$(COURSE) assignments
+
+release-assignments: .venv/course.stamp  ## student versions, into assignments/
+	$(COURSE) release-assignments
+
+lab: .venv/course.stamp  ## every notebook on the packages of Colab's runtimes
 	$(COURSE) test-colab
 
 test-gpu: .venv/test.stamp  ## what needs a GPU; skipped without one

@@ -783,10 +783,19 @@ k, loss = cheapest(row(0.3, 1.6, 0.25), pair)
 assert k == 0, "0.3 is further off than 0.25, but its twin makes up for most of it"
 print(f"weight {k} first, loss {loss:.4f}")
 ### BEGIN HIDDEN TESTS
-assert abs(loss - 0.09 / (2 * pair.inverse()[0, 0].item())) < 1e-12
+assert abs(loss - 0.09 / (2 * pair.inverse()[0, 0].item())) < 1e-9, "0.3^2 / 2 [H^-1]"
+seed = 0  # the teacher's seed
+draw = torch.Generator().manual_seed(seed)
+root = torch.randn(6, 6, generator=draw).double()
+w = 3 * torch.randn(6, generator=draw).double()
+H = root @ root.T + torch.eye(6)
+k, loss = cheapest(w, H)
+costs = (w - w.round()) ** 2 / H.inverse().diagonal() / 2
+assert costs[k] == costs.min(), "another weight is cheaper"
+assert abs(loss - costs.min()) < 1e-9, "the loss of the weight that was chosen"
 ### END HIDDEN TESTS
 
-# %% [markdown] tags=["exercise-statement"]
+# %% [markdown] tags=["exercise-statement", "refuses:course_utils.quantizers.gptq", "refuses:course_utils.compression.compensation"]
 # ### Exercise 2: the same update, block by block
 # *Difficulty 4/5 · 25 minutes · 4 points · no GPU*
 #
@@ -825,6 +834,9 @@ features += 0.3 * torch.randn(200, 24, generator=draw)
 hessian = features.T @ features / 100
 factor = inverse_factor(hessian, 0.01)
 weights = 3 * torch.randn(5, 24, generator=draw).double()
+two, U = row(0.4, 0.7)[None], torch.tensor([[2.0, -5], [0, 1]]).double()
+tiny = [lazy_gptq(two, U, size).tolist() for size in (1, 2)]
+assert tiny == [[[0, 2]]] * 2, "divide by U_kk: 0.7 + 5 * 0.4 / 2 = 1.7, not 2.7"
 kept = weights.clone()
 by_column = lazy_gptq(weights, factor, 1)
 assert torch.equal(weights, kept), "work on a copy of W"
@@ -846,12 +858,13 @@ assert lost[1] < 0.5 * lost[0], (
     "the error must fall: is it divided by U_kk, not its square?"
 )
 ### BEGIN HIDDEN TESTS
-w = weights.clone()
+seed = 0  # the teacher's seed
+w = 3 * torch.randn(5, 24, generator=torch.Generator().manual_seed(seed)).double()
+found = lazy_gptq(w, factor, 7)
 for k in range(24):
-    w[:, k + 1 :] -= ((w[:, k] - w[:, k].round()) / factor[k, k])[:, None] * factor[
-        k, k + 1 :
-    ]
-    assert torch.equal(w[:, k].round(), by_column[:, k])
+    error = (w[:, k] - w[:, k].round()) / factor[k, k]
+    w[:, k + 1 :] -= error[:, None] * factor[k, k + 1 :]
+    assert torch.equal(w[:, k].round(), found[:, k]), f"column {k} of other weights"
 ### END HIDDEN TESTS
 
 # %% [markdown] tags=["exercise-statement"]
@@ -894,7 +907,12 @@ print("read:  ", unpack_v1(pack_v1(bad)))
 assert pack_v1(bad) == 0xFFFFFFF7, "-1 has all its bits set: cut it to 32"
 assert unpack_v1(pack_v1(bad))[1:] == [16] * 7, "it floods the word"
 ### BEGIN HIDDEN TESTS
-assert pack_v1([1] + [8] * 7) == 0x77777770
+assert pack_v1([1] + [8] * 7) == 0x77777770, "the first in the lowest bits"
+seed = 0  # the teacher's seed
+draw = torch.Generator().manual_seed(seed)
+drawn = torch.randint(1, 17, (8,), generator=draw).tolist()
+wanted = sum((z - 1) << (4 * i) for i, z in enumerate(drawn))
+assert pack_v1(drawn) == wanted, "zero points from 1 to 16 lose nothing"
 ### END HIDDEN TESTS
 
 # %% [markdown]

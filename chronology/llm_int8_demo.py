@@ -931,40 +931,52 @@ else:
 #
 # Each exercise has a function to write, and tests that check it.
 
-# %% [markdown] tags=["exercise-statement"]
+# %% [markdown] tags=["exercise-statement", "refuses:course_utils.quantizers.llm_int8"]
 # ### Exercise 1: a row of zeros
 # *Difficulty 1/5 · 5 minutes · 1 point · no GPU*
 #
-# Padding produces rows of zeros. `127 / absmax` is then infinite, and infinity times zero is not a number. Write
-# absmax quantization that gives a row of zeros the codes 0.
+# Padding produces rows of zeros. Their absmax is 0, and so is their step, absmax / 127: nothing can be divided by it. Write
+# absmax quantization that gives a row of zeros the codes 0 and the step 1.
 
 
 # %% tags=["exercise"]
 def absmax_quantize(x):
-    """Codes (int8) and absmax of each row of `x` `[rows, columns]`; zero rows: codes 0.
+    """Codes (int8) and steps (float) of the rows of `x` `[rows, columns]`.
 
-    Approach: replace the factor 127 / absmax where absmax is 0, before multiplying.
-    Example: [[0, 0], [1, -2]] gives [[0, 0], [64, -127]] (63.5 rounds to the even 64).
+    x is about codes * step; the largest size in a row gets the code 127 or -127.
+    Approach: a step for each row, with a 1 where it would be 0; then divide and round.
+    Example: [[0, 0], [3, -12.7]] gives [[0, 0], [30, -127]] and the steps [1, 0.1].
     Hint: torch.where.
     """
     ### BEGIN SOLUTION
     absmax = x.abs().amax(1)
-    factor = torch.where(absmax > 0, 127 / absmax, 0.0)
-    return (x * factor[:, None]).round().to(torch.int8), absmax
+    step = torch.where(absmax > 0, absmax / 127, 1.0)
+    return (x / step[:, None]).round().to(torch.int8), step
     ### END SOLUTION
 
 
 # %% tags=["exercise-tests"]
-codes, absmax = absmax_quantize(torch.tensor([[0.0, 0.0], [1.0, -2.0]]))
+rows = torch.tensor([[0.0, 0.0], [3.0, -12.7], [0.04, 0.01]])
+codes, steps = absmax_quantize(rows)
+steps = torch.as_tensor(steps).flatten()
 assert codes.dtype == torch.int8, "the codes must be int8, not float"
-assert codes[1].tolist() == [64, -127], "ties round to even: 63.5 becomes 64"
-assert codes[0].tolist() == [0, 0], (
-    "a row of zeros has codes 0: is there a NaN on the way?"
+assert codes[1].tolist() == [30, -127], "the largest, -12.7, gets the code -127"
+assert codes[2].tolist() == [127, 32], "each row has its own absmax, over its columns"
+assert codes[0].tolist() == [0, 0], "a row of zeros has the codes 0"
+assert len(steps) == 3 and steps[0] == 1, "a row of zeros has the step 1, not 0 or NaN"
+assert torch.allclose(steps[1:], torch.tensor([0.1, 0.04 / 127])), (
+    "return the step, absmax / 127: codes times step is about x"
 )
 ### BEGIN HIDDEN TESTS
-probe = torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
+seed = 0  # the teacher's seed
+probe = torch.randn(6, 9, generator=torch.Generator().manual_seed(seed))
 probe[2] = 0
-assert torch.equal(absmax_quantize(probe)[0], vectorwise_quantize(probe)[0])
+codes, steps = absmax_quantize(probe)
+steps = torch.as_tensor(steps).reshape(6, 1)
+gap = (codes * steps - probe).abs()
+assert (gap <= 0.501 * steps).all(), "a value is at most half a step from its code"
+assert (codes.abs().amax(1) == 127).sum() == 5, "each row uses the code 127 or -127"
+assert steps[2] == 1 and not codes[2].any(), "a row of zeros among others"
 ### END HIDDEN TESTS
 
 # %% [markdown] tags=["exercise-statement"]
@@ -972,36 +984,42 @@ assert torch.equal(absmax_quantize(probe)[0], vectorwise_quantize(probe)[0])
 # *Difficulty 2/5 · 10 minutes · 2 points · no GPU*
 #
 # A float32 number holds every integer up to $2^{24}$. If an int8 product is computed in float32, as a CPU library may do,
-# for how many features is the sum *guaranteed* to be exact, with codes from -127 to 127? And for codes that are
+# for how many features is the sum *guaranteed* to be exact, with codes from -m to m (127 in int8)? And for codes that are
 # random and uniform, at how many features does a sum typically reach the limit? (The standard deviation of a sum
 # of n independent terms is the square root of n times that of one.)
 
 
 # %% tags=["exercise"]
-def exact_features():
-    """(guaranteed, typical): features up to which float32 sums of products are exact.
+def exact_features(m):
+    """(guaranteed, typical): features up to which sums are exact, with codes -m to m.
 
     Approach: the guarantee is 2^24 over the largest product. For the typical case, one
     term has variance v^2, v the variance of a uniform code; solve sqrt(n) * v = 2^24.
-    Example: with 4-bit codes (-7 to 7) the guarantee would be 342,392 features.
+    Example: with 4-bit codes (m = 7) the guarantee is 342,392 features. Both are whole.
     Hint: a uniform integer from -m to m has variance m (m + 1) / 3.
     """
     ### BEGIN SOLUTION
-    guaranteed = 2**24 // 127**2
-    variance = 127 * 128 / 3
+    guaranteed = 2**24 // m**2
+    variance = m * (m + 1) / 3
     return guaranteed, int((2**24 / variance) ** 2)
     ### END SOLUTION
 
 
 # %% tags=["exercise-tests"]
-guaranteed, typical = exact_features()
+assert exact_features(7)[0] == 342_392, "2^24 / 49, rounded down"
+guaranteed, typical = exact_features(127)
 assert guaranteed == 1040, "divide 2^24 by the largest product of two codes, 127 * 127"
-assert 9_000_000 < typical < 10_000_000, (
-    "use the variance of one product, v * v, under the root"
-)
+assert typical > 10_000, "sqrt(n) v = 2^24 gives n = (2^24 / v)^2: square the quotient"
+assert abs(typical - 9_737_947) > 9999, "m (m + 1) / 3 is the variance, not m^2 / 3"
+assert abs(typical - 9_586_386) <= 1, "v is 127 * 128 / 3, that of a uniform code"
 ### BEGIN HIDDEN TESTS
-ones = torch.full((1, 1041), 127.0)
-assert int((ones[:, :1040] @ ones[:, :1040].T).item()) == 1040 * 127**2
+full = torch.full((1, guaranteed), 127.0)
+assert int((full @ full.T).item()) == guaranteed * 127**2, "this many must be exact"
+seed = 0  # the teacher's seed
+m = 20 + seed % 90
+guaranteed, typical = exact_features(m)
+assert guaranteed * m**2 <= 2**24 < (guaranteed + 1) * m**2, "codes of another range"
+assert abs(typical**0.5 * m * (m + 1) / 3 / 2**24 - 1) < 1e-4, "and what is typical"
 ### END HIDDEN TESTS
 
 # %% [markdown] tags=["exercise-statement"]
@@ -1009,29 +1027,29 @@ assert int((ones[:, :1040] @ ones[:, :1040].T).item()) == 1040 * 127**2
 # *Difficulty 3/5 · 15 minutes · 3 points · no GPU*
 #
 # The fixed threshold knows nothing of the layer. Choose instead the `k` features with the largest peak, whatever
-# their size. Return the relative output error for the layer used above, with those columns in float.
+# their size. Return the relative output error of a layer with those columns in float: the sum of the squares of
+# $y - \hat y$ over the sum of the squares of $y$, without a root. Build on `absmax_quantize` of exercise 1.
 
 
 # %% tags=["exercise"]
 def error_with_top_features(x, W, k):
     """Relative error of `x` `[tokens, in]` times `W` `[out, in]`, k features in float.
 
-    Approach: find the k features with the largest |x|, set them to zero, quantize the
-    rest and W, multiply in integers, and add the float product of the k features (with
-    the original W).
+    Approach: the k features whose largest |x| is largest are set to zero; the rest and
+    W are quantized by rows and multiplied in integers; the float product of the k
+    features (with the original W) is added.
     Example: k equal to the number of features gives an error of about 0.
-    Hint: torch.topk; vectorwise_quantize; int8_matmul.
+    Hint: torch.topk; absmax_quantize; int8_matmul(codes of x, codes of W).
     """
     ### BEGIN SOLUTION
     top = x.abs().amax(0).topk(k).indices
     rest = x.clone()
     rest[:, top] = 0
-    x_q, x_max, _ = vectorwise_quantize(rest)
-    w_q, w_max, _ = vectorwise_quantize(W)
-    product = int8_matmul(x_q, w_q) * (x_max[:, None] * w_max) / 127**2
+    (x_q, x_step), (w_q, w_step) = absmax_quantize(rest), absmax_quantize(W)
+    product = int8_matmul(x_q, w_q) * (x_step[:, None] * w_step)
     y = x @ W.T
-    difference = y - (product + x[:, top] @ W[:, top].T)
-    return (difference.square().sum() / y.square().sum()).item()
+    gap = y - (product + x[:, top] @ W[:, top].T)
+    return (gap.square().sum() / y.square().sum()).item()
     ### END SOLUTION
 
 
@@ -1039,15 +1057,33 @@ def error_with_top_features(x, W, k):
 draw = torch.Generator().manual_seed(0)
 features = torch.randn(64, 256, generator=draw)  # [tokens, in]
 features[:, [7, 99]] *= torch.tensor([20.0, 50.0])  # two outlier features
+features[:, 12] = 4.0  # large on average, and never a peak
+features[5, 30] = 300.0  # one peak, small on average
 weight = torch.randn(128, 256, generator=draw) / 16  # [out, in]
-top_errors = [error_with_top_features(features, weight, k) for k in (0, 1, 2, 16, 256)]
+top_errors = [error_with_top_features(features, weight, k) for k in (0, 1, 3, 256)]
+print("k = 0, 1, 3, all:", [f"{e:.2e}" for e in top_errors])
 assert top_errors[-1] < 1e-6, "with all features in float nothing may be lost"
-assert top_errors[2] < top_errors[0] / 10, (
-    "take the absmax after the k features are gone"
+wanted = [1.250e-3, 8.116e-4, 8.253e-6]  # for k = 0, 1 and 3
+
+
+def near(found, value):
+    return abs(found - value) < 0.02 * value
+
+
+assert not near(top_errors[0] ** 2, wanted[0]), "a ratio of squares, without a root"
+assert near(top_errors[0], wanted[0]), "with k = 0 all of x and all of W are quantized"
+assert near(top_errors[1], wanted[1]), (
+    "feature 30 has the highest peak: set it to zero, and then take the absmax"
 )
-print("k = 0, 1, 2, 16, all:", [f"{e:.1e}" for e in top_errors])
+assert near(top_errors[2], wanted[2]), "the k features are in float, all else in int8"
 ### BEGIN HIDDEN TESTS
-assert top_errors[1] > 2 * top_errors[2], "one feature of two is not enough"
+seed = 0  # the teacher's seed
+draw = torch.Generator().manual_seed(seed)
+x, W = torch.randn(8, 32, generator=draw), torch.randn(4, 32, generator=draw)
+x[:, 3] *= 40
+one, two = (error_with_top_features(x, W, k) for k in (0, 1))
+assert one > 10 * two > 0, "one feature of 40 times the size spoils the others"
+assert x[:, 3].abs().max() > 10, "work on a copy of x"
 ### END HIDDEN TESTS
 
 # %% [markdown] tags=["exercise-statement"]
@@ -1080,12 +1116,19 @@ assert bits_per_parameter([(4, 8)], 0) == 12, (
     "one float32 scale for each of the 4 outputs"
 )
 assert bits_per_parameter([], 10) == 32, "parameters outside linear layers take 32 bits"
+assert abs(bits_per_parameter([(2, 8), (6, 4)], 0) - 14.4) < 1e-9, (
+    "layers count by their weights, (8 * 40 + 32 * 8) / 40, not each the same"
+)
+assert abs(bits_per_parameter([(4, 8)], 32) - 22) < 1e-9, "(8 + 4 + 32) / 2: half each"
 small_lm = load_model("course-lm").model
 shapes = [tuple(layer.weight.shape) for layer in linear_layers(small_lm)]
 other = small_lm.num_parameters() - sum(out * columns for out, columns in shapes)
 print(f"course-lm: {bits_per_parameter(shapes, other):.2f} bits per parameter")
 ### BEGIN HIDDEN TESTS
-assert abs(bits_per_parameter([(100, 1000)], 100_000) - (8.032 + 32) / 2) < 1e-9
+found = bits_per_parameter([(100, 1000)], 100_000)
+assert abs(found - (8.032 + 32) / 2) < 1e-9, (
+    "a hundred scales, a hundred thousand floats"
+)
 ### END HIDDEN TESTS
 
 # %% [markdown]

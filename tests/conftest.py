@@ -23,7 +23,7 @@ CELLS = {
     "exercise": '# %% tags=["exercise"]\ndef double(x: int) -> int:\n    """Twice x."""\n'
     "    ### BEGIN SOLUTION\n    return 2 * x\n    ### END SOLUTION",
     "tests": '# %% tags=["exercise-tests"]\nassert double(2) == 4, "is it doubled?"\n'
-    "### BEGIN HIDDEN TESTS\nassert double(-1) == -2\n### END HIDDEN TESTS",
+    '### BEGIN HIDDEN TESTS\nassert double(-1) == -2, "negative ones too"\n### END HIDDEN TESTS',
 }
 
 

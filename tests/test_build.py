@@ -22,7 +22,7 @@ from course_utils.tools import CourseError, cli
 from course_utils.tools.environments import python_of
 from course_utils.tools.notebooks import build as building
 from course_utils.tools.notebooks import execute as execution
-from course_utils.tools.notebooks import exercises, standard_cells
+from course_utils.tools.notebooks import standard_cells, students
 from course_utils.tools.notebooks.check import check
 from course_utils.tools.notebooks.execute import NotebookFailed, execute
 from course_utils.tools.notebooks.pairs import (
@@ -395,17 +395,18 @@ def test_student_version_has_stubs_and_no_hidden_tests(sample, monkeypatch):
     assert done.exit_code == 0, done.output
     nb = nbformat.read(sample.root / "handout" / "sample.ipynb", as_version=4)
     nbformat.validate(nb)
-    first = [CELLS[name].split("\n")[-1] for name in ("imports", "parameters", "opening")]
-    assert [cell.source.split("\n")[-1] for cell in nb.cells[2:5]] == first
+    first = [CELLS[name].split("\n")[-1] for name in ("parameters", "opening")]
+    assert [cell.source.split("\n")[-1] for cell in nb.cells[2:4]] == first
     *_, exercise, tests = (cell.source for cell in nb.cells)
-    stub = '    """Twice x."""\n    raise NotImplementedError()'
+    told = "Exercise 1, double: put your code here"
+    stub = f'    """Twice x."""\n    raise NotImplementedError("{told}")'
     assert exercise == f"def double(x: int) -> int:\n{stub}"
     assert tests == 'assert double(2) == 4, "is it doubled?"'
     assert "COURSE_PROFILE" not in "".join(cell.source for cell in nb.cells[2:])
 
 
 def test_solved_student_version_keeps_everything_of_its_exercises(sample):
-    solved = exercises.student_version(from_script(sample), solved=True)
+    solved = students.student_version(from_script(sample), NAME, solved=True)
     assert "return 2 * x" in solved.cells[-2].source
     assert "assert double(-1) == -2" in solved.cells[-1].source
 
@@ -413,7 +414,7 @@ def test_solved_student_version_keeps_everything_of_its_exercises(sample):
 def test_no_student_version_without_exercises(sample):
     change(sample, statement=None, exercise=None, tests=None)
     with pytest.raises(CourseError, match="has no exercises"):
-        exercises.student_version(from_script(sample))
+        students.student_version(from_script(sample), NAME)
 
 
 # The set-up cell, in an environment without course_utils

@@ -24,7 +24,6 @@ from offline import Offline, own_setting
 from course_utils.results import compare, list_runs
 from course_utils.tools import CourseError
 from course_utils.tools.notebooks.execute import execute
-from course_utils.tools.notebooks.exercises import student_version
 from course_utils.tools.notebooks.pairs import (
     FOLDERS,
     Notebook,
@@ -32,6 +31,7 @@ from course_utils.tools.notebooks.pairs import (
     from_script,
     tagged,
 )
+from course_utils.tools.notebooks.students import student_version
 from course_utils.tools.notebooks.trace import tracing, untracked
 
 ROOT = Path(__file__).parent.parent
@@ -73,9 +73,9 @@ def test_notebook_runs_offline_in_the_quick_profile(
 def test_student_version_stands_alone(notebook: Notebook, tmp_path):
     if not tagged(from_script(notebook), "exercise"):
         with pytest.raises(CourseError, match="no exercises"):
-            student_version(from_script(notebook))
+            student_version(from_script(notebook), notebook.name)
         return
-    solved = student_version(from_script(notebook), solved=True)
+    solved = student_version(from_script(notebook), notebook.name, solved=True)
     out = tmp_path / "solved.ipynb"
     executed = execute(solved, notebook.name, out, profile="quick", runs=tmp_path)
     tests = tagged(executed, "exercise-tests")

@@ -10,11 +10,11 @@ from course_utils.tools import cli
 from course_utils.tools.notebooks import build as building
 from course_utils.tools.notebooks.check import check, warnings
 from course_utils.tools.notebooks.execute import NotebookFailed
-from course_utils.tools.notebooks.exercises import student_version
 from course_utils.tools.notebooks.fillings import fill, filling_problems, unfilled
 from course_utils.tools.notebooks.folding import SOLUTION_TITLE
 from course_utils.tools.notebooks.pairs import Notebook, from_script, tagged
 from course_utils.tools.notebooks.reader import readers_version
+from course_utils.tools.notebooks.students import student_version
 
 RECORD = """# %% tags=["folded"]
 # Records of the gain
@@ -239,7 +239,7 @@ def test_readers_try_first_with_the_stub_and_find_the_solution_folded_below(samp
 
 
 def test_students_see_the_cell_that_they_write_and_no_second_stub(sample):
-    nb = student_version(from_script(sample))
+    nb = student_version(from_script(sample), sample.name)
     statement, exercise, _ = nb.cells[-3:]
     assert "Try it first" not in statement.source
     assert "jupyter" not in exercise.metadata and not exercise.source.startswith("#@title")
@@ -255,6 +255,12 @@ def test_warnings_count_the_lines_of_cells_that_teach(sample):
     first, second = warnings(sample)
     assert "half of its code cells have 9 lines or more, at most 8" in first
     assert "no section `## What you saw`" in second
+
+
+def test_warnings_count_assertions_that_name_no_mistake(sample):
+    tests = '# %% tags=["exercise-tests"]\nassert double(2) == 4\nassert double(1) == 2, "doubled?"'
+    change(sample, tests=tests)
+    assert any("1 assertions of its exercises have no message" in told for told in warnings(sample))
 
 
 def test_no_warning_where_style_is_kept_and_folded_cells_do_not_count(sample):

@@ -43,6 +43,9 @@ from course_utils.tools.notebooks.side_by_side import execute_all
 from course_utils.tools.notebooks.standard_cells import SETUP
 
 LISTS = "course_utils/tools/runtimes"
+CLASSROOM = (
+    "# What the extra `classroom` adds"  # in constraints.txt: below it, nothing is a reader's
+)
 # What a T4 has otherwise than this machine's CPU: run after the set-up cell.
 AS_ON_A_T4 = """
 import sys
@@ -75,9 +78,9 @@ def runtimes(root: Path, names: list[str] | None = None) -> dict[str, Versions]:
     return {name: read_pins(lists[name]) for name in lists if not names or name in names}
 
 
-def read_pins(path: Path) -> Versions:
-    """The `name==version` lines of a requirements file."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+def read_pins(path: Path, *, before: str = "\0") -> Versions:
+    """The `name==version` lines of a requirements file, up to a line `before`."""
+    lines = path.read_text(encoding="utf-8").partition(before)[0].splitlines()
     pins = [line.split("==") for line in lines if "==" in line and not line.startswith("#")]
     return {canonicalize_name(name): version.strip() for name, version in pins}
 
@@ -187,7 +190,8 @@ def make_environment(root: Path, folder: Path, pins: Versions) -> Path:
     """
     # This Python's torch asks for newer ones of these than Colab has beside its own.
     own = {name: version for name, version in pins.items() if name not in ("setuptools", "sympy")}
-    wanted = ["pip", *sorted(own.keys() & read_pins(root / "constraints.txt").keys())]
+    needed = read_pins(root / "constraints.txt", before=CLASSROOM)
+    wanted = ["pip", *sorted(own.keys() & needed.keys())]
     pins = own | {"torch": metadata.version("torch")}
     asked = json.dumps([wanted, pins, sys.version])
     environment, made = folder / "environment", folder / "environment.json"

@@ -1,7 +1,6 @@
-"""Commands on notebooks: run, build, check, student, lab."""
+"""Commands on notebooks: run, build, check, lab."""
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -119,26 +118,6 @@ def check(names: Names = None) -> None:
         typer.echo(f"warning: {warning}")
     report_problems([problem for notebook in notebooks for problem in problems_of(notebook)])
     typer.echo(f"{len(notebooks)} notebooks checked: all agree.")
-
-
-@app.command()
-def student(
-    name: Annotated[str, typer.Argument(help="A notebook, as `llm_int8_demo`.")],
-    out: Annotated[Path, typer.Option(help="The .ipynb file to write.")],
-) -> None:
-    """Write a notebook's student version: set-up and exercises, without solutions.
-
-    Example: `course student llm_int8_demo --out llm_int8_assignment.ipynb`.
-    """
-    import nbformat
-
-    from course_utils.tools.notebooks.exercises import student_version
-    from course_utils.tools.notebooks.pairs import course_root, find_notebooks, from_script
-
-    (notebook,) = find_notebooks(course_root(), [name])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(student_version(from_script(notebook)), out)
-    typer.echo(f"Wrote {out}.")
 
 
 @app.command()

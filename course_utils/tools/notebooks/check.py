@@ -1,5 +1,6 @@
 """Whether scripts, committed notebooks, package and references agree. Runs nothing."""
 
+import ast
 import re
 from statistics import median
 
@@ -9,13 +10,14 @@ from course_utils import references
 from course_utils.results import compare
 from course_utils.tools.notebooks.build import PROFILE, WIDGETS, built_from, read
 from course_utils.tools.notebooks.execute import recorded, shell_lines
-from course_utils.tools.notebooks.exercises import exercise_problems
+from course_utils.tools.notebooks.exercises import exercise_problems, refused_by
 from course_utils.tools.notebooks.fillings import filling_problems, unfilled
 from course_utils.tools.notebooks.folding import folding_problems, is_folded
 from course_utils.tools.notebooks.pairs import Notebook, from_script, tagged, tags
 from course_utils.tools.notebooks.reader import readers_version
 from course_utils.tools.notebooks.stamps import stamp
 from course_utils.tools.notebooks.standard_cells import SETUP, badge
+from course_utils.tools.notebooks.students import leaks
 
 MAX_LINES, MAX_LINES_EXERCISE, MAX_COLUMNS = 26, 40, 88  # lines that are not blank
 MEDIAN_LINES = 8
@@ -27,7 +29,7 @@ def check(notebook: Notebook) -> list[str]:
     nb = from_script(notebook)
     problems = _standard_cell_problems(nb, notebook)
     problems += _code_problems(nb)
-    problems += exercise_problems(nb)
+    problems += _exercise_problems(nb, notebook)
     problems += filling_problems(nb)
     problems += folding_problems(nb)
     problems += _citation_problems(nb, notebook)
@@ -56,7 +58,18 @@ def warnings(notebook: Notebook) -> list[str]:
     texts = [cell.source for cell in nb.cells if cell.cell_type == "markdown"]
     if not any(re.search(r"^## What you saw$", text, re.M) for text in texts):
         found.append("it has no section `## What you saw`, which answers what its opening promises")
+    silent = sum(_silent(cell) for cell in tagged(nb, "exercise-tests"))
+    if silent:
+        found.append(
+            f"{silent} assertions of its exercises have no message: name the likely mistake"
+        )
     return [f"{notebook.name}: {warning}" for warning in found]
+
+
+def _silent(cell: NotebookNode) -> int:
+    """How many assertions of a cell say nothing when they fail."""
+    nodes = ast.walk(ast.parse(cell.source))
+    return sum(isinstance(node, ast.Assert) and node.msg is None for node in nodes)
 
 
 def _standard_cell_problems(nb: NotebookNode, notebook: Notebook) -> list[str]:
@@ -76,6 +89,16 @@ def _standard_cell_problems(nb: NotebookNode, notebook: Notebook) -> list[str]:
         if cell.source != SETUP.rstrip("\n"):
             problems.append(f"the set-up cell is not the standard one: {remedy}")
     return problems
+
+
+def _exercise_problems(nb: NotebookNode, notebook: Notebook) -> list[str]:
+    """What is wrong with exercises; if nothing is, what their student version would give away."""
+    problems = exercise_problems(nb)
+    for module in {m for cell in tagged(nb, "exercise-statement") for m in refused_by(cell)}:
+        path = notebook.root.joinpath(*module.split("."))
+        if not (path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()):
+            problems.append(f"an exercise refuses {module}, which is no module of the course")
+    return problems or leaks(nb)
 
 
 def _code_problems(nb: NotebookNode) -> list[str]:

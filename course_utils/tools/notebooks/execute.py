@@ -64,7 +64,7 @@ def execute(
         cwd.mkdir()
         nbformat.write(nb, source)
         course = {"COURSE_PROFILE": profile, "COURSE_RUNS": str(scratch / "runs")}
-        with _environment(course | (variables or {}) | _jupyter_of_its_own(scratch, python)):
+        with set_environment(course | (variables or {}) | kernel_of_its_own(scratch, python)):
             try:
                 papermill.execute_notebook(
                     source,
@@ -154,7 +154,7 @@ def _take_over(own: Path, runs: Path) -> list[dict]:
     return [{name: entry[name] for name in told} for entry in entries]
 
 
-def _jupyter_of_its_own(scratch: Path, python: str) -> dict[str, str]:
+def kernel_of_its_own(scratch: Path, python: str = sys.executable) -> dict[str, str]:
     """Variables that keep the user's own Jupyter settings out of a run.
 
     A kernel called python3 in the user's folder may belong to another Python: the one written here
@@ -167,7 +167,7 @@ def _jupyter_of_its_own(scratch: Path, python: str) -> dict[str, str]:
 
 
 @contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
+def set_environment(variables: dict[str, str]) -> Iterator[None]:
     """Environment variables, which the kernel inherits, for a while."""
     before = {key: os.environ.get(key) for key in variables}
     os.environ.update(variables)

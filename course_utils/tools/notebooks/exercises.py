@@ -1,23 +1,25 @@
-"""Exercises in notebooks: the format of their cells, and the student version derived from them.
+"""Exercises in notebooks: the format of their cells.
 
 An exercise is a markdown cell tagged `exercise-statement`, a code cell tagged `exercise` that holds
 the worked solution between markers, and a code cell tagged `exercise-tests`, which may hold tests
-that students do not see. The markers are nbgrader's.
+that students do not see. The markers are nbgrader's. Modules that hold the answer stand in tags of the
+statement, as `refuses:course_utils.quantizers.gptq`; `students` derives what students get.
 """
 
 import re
-from copy import deepcopy
+from dataclasses import asdict, dataclass
 
 from nbformat import NotebookNode
 
 from course_utils.tools import CourseError
-from course_utils.tools.notebooks.folding import fold
-from course_utils.tools.notebooks.pairs import tags
+from course_utils.tools.notebooks.pairs import tagged, tags
 
 STATEMENT = re.compile(
-    r"### Exercise (?P<number>\d+): \S.*\n+"
-    r"\*Difficulty [1-5]/5 · \d+ minutes · \d+ points? · (no GPU|needs a GPU)\*(\n|$)"
+    r"### Exercise (?P<number>\d+): (?P<title>\S.*)\n+"
+    r"\*Difficulty (?P<difficulty>[1-5])/5 · (?P<minutes>\d+) minutes · (?P<points>\d+) points? · "
+    r"(no GPU|needs a GPU)\*(\n|$)"
 )
+REFUSES = "refuses:"
 SOLUTION = ("### BEGIN SOLUTION", "### END SOLUTION")
 HIDDEN = ("### BEGIN HIDDEN TESTS", "### END HIDDEN TESTS")
 KINDS = ("exercise-statement", "exercise", "exercise-tests")
@@ -48,41 +50,49 @@ def exercise_problems(nb: NotebookNode) -> list[str]:
     return problems
 
 
-def student_version(nb: NotebookNode, *, solved: bool = False) -> NotebookNode:
-    """The notebook that students get: its opening (up to the first section after the parameters)
-    and its exercises, with `raise NotImplementedError()` in place of each solution, without hidden
-    tests and outputs. `solved` keeps solutions and hidden tests, to check that it stands alone.
+@dataclass(frozen=True)
+class Exercise:
+    """One exercise as its statement's head says it; `refuses` are the modules that hold its answer."""
 
-    Raises `CourseError` if the notebook has no exercises.
-    """
-    kept = [*_opening(nb), *(cell for cell in nb.cells if set(tags(cell)) & set(KINDS))]
-    if not any("exercise" in tags(cell) for cell in kept):
-        raise CourseError("the notebook has no exercises: there is no student version of it.")
-    student = NotebookNode(nb | {"cells": [deepcopy(cell) for cell in kept]})
-    for cell in student.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-        if not solved:
-            cell.source = _cut(stub(cell), HIDDEN)
-        if "exercise" not in tags(cell):  # theirs to write, so open
-            fold(cell)
-    return student
+    number: int
+    title: str
+    difficulty: int
+    minutes: int
+    points: int
+    refuses: tuple[str, ...]
+
+    def as_dict(self) -> dict:
+        """What a notebook's metadata keep of it."""
+        return asdict(self) | {"refuses": list(self.refuses)}
 
 
-def stub(cell: NotebookNode) -> str:
+def exercises_of(nb: NotebookNode) -> list[Exercise]:
+    """The exercises of a notebook, in order. Raises `CourseError` where one is not in the format."""
+    problems = exercise_problems(nb)
+    if problems:
+        raise CourseError(f"its exercises are not in the format: {problems[0]}.")
+    found = []
+    for cell in tagged(nb, KINDS[0]):
+        head = STATEMENT.match(cell.source)
+        numbers = {key: int(head[key]) for key in ("number", "difficulty", "minutes", "points")}
+        found.append(Exercise(title=head["title"], refuses=refused_by(cell), **numbers))
+    return found
+
+
+def refused_by(cell: NotebookNode) -> tuple[str, ...]:
+    """The modules that the statement of an exercise refuses."""
+    return tuple(tag.removeprefix(REFUSES) for tag in tags(cell) if tag.startswith(REFUSES))
+
+
+def stub(cell: NotebookNode, message: str = "") -> str:
     """The source of an exercise's cell with `raise NotImplementedError()` in place of its solution."""
-    return _cut(cell.source, SOLUTION, "raise NotImplementedError()")
+    told = f'"{message}"' if message else ""
+    return cut(cell.source, SOLUTION, f"raise NotImplementedError({told})")
 
 
-def _opening(nb: NotebookNode) -> list[NotebookNode]:
-    cells, past_parameters = [], False
-    for cell in nb.cells:
-        heading = cell.cell_type == "markdown" and re.match(r"#{1,3} ", cell.source)
-        if set(tags(cell)) & set(KINDS) or (past_parameters and heading):
-            break
-        cells.append(cell)
-        past_parameters |= "parameters" in tags(cell)
-    return cells
+def without_hidden_tests(cell: NotebookNode) -> str:
+    """The source of a cell of tests as students see it."""
+    return cut(cell.source, HIDDEN)
 
 
 def _marker_problems(cell: NotebookNode, kind: str | None) -> list[str]:
@@ -99,7 +109,8 @@ def _marker_problems(cell: NotebookNode, kind: str | None) -> list[str]:
     return problems
 
 
-def _cut(source: str, markers: tuple[str, str], stub: str | None = None) -> str:
+def cut(source: str, markers: tuple[str, str], stub: str | None = None) -> str:
+    """`source` without what stands between two markers, or with the line `stub` in its place."""
     begin, end = markers
     replacement = "" if stub is None else rf"\g<indent>{stub}\n"
     region = rf"^(?P<indent>[ \t]*){begin}[ \t]*\n.*?^[ \t]*{end}[ \t]*(\n|\Z)"
