@@ -1,8 +1,8 @@
 """Student versions, and nbgrader on what students hand in: right work, wrong work, and broken files.
 
 Each submission is graded by nbgrader's own pipeline in a kernel of its own. Faults are planted in the
-student's file. Two notebooks of the course are graded with their solutions, their stubs, and bundles of
-typical mistakes (`tests/mutants`), one of each exercise in a bundle.
+student's file. Of the course's notebooks that have `tests/mutants`, each typical mistake must fail its tests;
+one notebook is graded with its solution, its stubs, and a bundle of a mistake of every exercise.
 """
 
 import csv
@@ -389,46 +389,72 @@ def test_self_check_needs_a_student_version(tmp_path, course):
 
 # The course's own exercises
 
-
 MUTATED = sorted(path.stem for path in (ROOT / "tests" / "mutants").glob("*.py"))
 
 
-@pytest.fixture(scope="module", params=MUTATED)
-def bundles(request, tmp_path_factory) -> tuple[Notebook, dict, dict[str, Graded]]:
-    """A notebook's mutants, and the grades of its solution, its stubs and each bundle of mutants."""
-    folder = tmp_path_factory.mktemp(request.param)
-    (notebook,) = find_notebooks(ROOT, [request.param])
-    mutants = runpy.run_path(str(ROOT / "tests" / "mutants" / f"{request.param}.py"))["MUTANTS"]
-    grading.generate(folder, classroom.write_sources([notebook], folder, SECRET))
-    file = f"{request.param}.ipynb"
-    source = nbformat.read(folder / "source" / request.param / file, as_version=4)
-    hand_in(folder, "solution", source, file=file)
-    hand_in(folder, "stub", (folder / "release" / request.param / file).read_text(), file=file)
-    for k in range(max(map(len, mutants.values()))):
-        nb = deepcopy(source)
-        for cell, found in zip(tagged(nb, "exercise"), mutants.values(), strict=True):
-            _, right, wrong = found[k % len(found)]
-            assert right in cell.source, f"the solution does not say {right!r}"
-            cell.source = cell.source.replace(right, wrong)
-        hand_in(folder, f"bundle_{k}", nb, file=file)
-    return notebook, mutants, {one.student: one for one in grade(folder)}
+def mutants_of(name: str) -> dict[int, list[tuple[str, str, str]]]:
+    return runpy.run_path(str(ROOT / "tests" / "mutants" / f"{name}.py"))["MUTANTS"]
+
+
+def wrong(cell: NotebookNode, mutant: tuple[str, str, str]) -> str:
+    """The source of an exercise's cell with a mistake."""
+    _, said, instead = mutant
+    assert said in cell.source, f"the solution does not say {said!r}"
+    return cell.source.replace(said, instead)
+
+
+def failure_of(sources: list[str], names: dict) -> str:
+    """The error that sources end in, run one after the other on a copy of `names`; or nothing."""
+    names = dict(names)
+    try:
+        for source in sources:
+            exec(compile(source, "<cell>", "exec"), names)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize("name", MUTATED)
+def test_each_typical_mistake_costs_its_exercise(name, monkeypatch):
+    """All mutants in this process, which has imported what a kernel would have to import for each."""
+    monkeypatch.setenv("COURSE_PROFILE", "quick")
+    (notebook,) = find_notebooks(ROOT, [name])
+    nb, names = classroom.teacher_version(notebook, SECRET), {"__name__": "__main__"}
+    mutants = mutants_of(name)
+    for cell in nb.cells:
+        opening = cell.metadata["nbgrader"]["grade_id"].startswith("opening")
+        if opening and cell.cell_type == "code" and "setup" not in cell.metadata.get("tags", []):
+            exec(cell.source, names)
+    exercises, tests = tagged(nb, "exercise"), tagged(nb, "exercise-tests")
+    assert sorted(mutants) == list(range(1, len(exercises) + 1))
+    for number, exercise, test in zip(sorted(mutants), exercises, tests, strict=True):
+        assert len(mutants[number]) >= 3
+        for mutant in mutants[number]:
+            told = failure_of([wrong(exercise, mutant), test.source], names)
+            assert "NameError" not in told, told  # which is no test's doing
+            assert told, f"exercise {number} passes {mutant[0]}"
+            assert told != "AssertionError: ", f"exercise {number} says nothing of {mutant[0]}"
+        for source in (exercise.source, test.source):  # later exercises may build on both
+            exec(source, names)
 
 
 @pytest.mark.notebook
-def test_the_solution_gets_all_points_the_stub_none_and_each_mistake_costs_its_exercise(bundles):
-    notebook, mutants, graded = bundles
-    solution, stub = graded.pop("solution"), graded.pop("stub")
-    assert solution.points == solution.most > 0, reasons(solution)
-    assert stub.points == 0
-    assert all("NotImplementedError" in outcome.reason for outcome in stub.exercises)
-    survivors = [
-        f"exercise {outcome.number}: {mutants[outcome.number][k % len(mutants[outcome.number])][0]}"
-        for k, one in enumerate(graded[name] for name in sorted(graded))
-        for outcome in one.exercises
-        if outcome.points
-    ]
-    assert not survivors, f"{notebook.name} passes {'; '.join(survivors)}"
-    assert all(len(found) >= 3 for found in mutants.values())
+def test_nbgrader_gives_the_solution_all_points_and_stubs_and_a_bundle_of_mistakes_none(tmp_path):
+    """A bundle holds a mistake of every exercise."""
+    name, file = "llm_int8_demo", "llm_int8_demo.ipynb"
+    (notebook,) = find_notebooks(ROOT, [name])
+    grading.generate(tmp_path, classroom.write_sources([notebook], tmp_path, SECRET))
+    source = nbformat.read(tmp_path / "source" / name / file, as_version=4)
+    bundle = deepcopy(source)
+    for cell, mutants in zip(tagged(bundle, "exercise"), mutants_of(name).values(), strict=True):
+        cell.source = wrong(cell, mutants[0])
+    hand_in(tmp_path, "solution", source, file=file)
+    hand_in(tmp_path, "stub", (tmp_path / "release" / name / file).read_text("utf-8"), file=file)
+    hand_in(tmp_path, "bundle", bundle, file=file)
+    graded = {one.student: one for one in grade(tmp_path)}
+    assert graded["solution"].points == graded["solution"].most > 0, reasons(graded["solution"])
+    assert graded["stub"].points == graded["bundle"].points == 0
+    assert all("NotImplementedError" in told.reason for told in graded["stub"].exercises)
 
 
 # The handbook

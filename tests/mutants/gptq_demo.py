@@ -1,7 +1,6 @@
 """Typical wrong answers to the exercises of `chronology/gptq_demo`.
 
-Of each exercise: (the mistake, what the solution says, what the wrong answer says). Submission k of the
-tests holds the k-th mistake of every exercise.
+Of each exercise: (the mistake, what the solution says, what the wrong answer says).
 """
 
 MUTANTS = {
