@@ -145,7 +145,7 @@ def test_course_lm_errs_less_than_by_round_to_nearest():
             outputs.append(model(calibration[:2]).logits)
     exact = load_model("course-lm").model(calibration[:2]).logits
     errors = [(exact - found).square().mean().item() for found in outputs]
-    assert errors[0] < 0.9 * errors[1]
+    assert errors[0] < errors[1]
 
 
 def test_refusals():

@@ -24,10 +24,14 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def correlated(tokens, features, seed=0):
-    """Inputs `[tokens, features]` of unequal size that depend on each other."""
+def correlated(tokens, features, seed=0, unequal=1.0):
+    """Inputs `[tokens, features]` that depend on each other, of sizes as `unequal` as one says."""
     mixing = normal(features, features, seed=seed + 1) / features**0.5 + torch.eye(features)
-    return normal(tokens, features, seed=seed) @ mixing * normal(features, seed=seed + 2).exp()
+    return (
+        normal(tokens, features, seed=seed)
+        @ mixing
+        * (unequal * normal(features, seed=seed + 2)).exp()
+    )
 
 
 def seen(x):
@@ -164,7 +168,7 @@ def test_the_diagonal_moves_the_error_to_columns_that_matter_less():
     lambda **use: E8P(compensate=bool(use)),
 ])  # fmt: skip
 def test_the_column_loop_lowers_the_output_error(make):
-    x, weight = correlated(600, 64), normal(96, 64)
+    x, weight = correlated(600, 64, unequal=0.3), normal(96, 64)
     outputs = x @ weight.T
     plain, made_up = (
         (outputs - x @ method.quantize(weight, seen(x)).dequantize().T).square().sum().item()
