@@ -24,7 +24,8 @@ NOTEBOOKS = (
     "chronology/gptq_ablations", "chronology/awq_demo", "chronology/awq_ablations",
     "chronology/nf4_demo", "chronology/nf4_qlora", "chronology/hqq_demo",
     "chronology/bitnet_demo",
-    "chronology/tpoti_demo", "chronology/comparison", "distillation/distillation_demo",
+    "chronology/tpoti_demo", "chronology/tpoti_two_bit_ladder", "chronology/comparison",
+    "distillation/distillation_demo",
     "distillation/feature_distillation", "distillation/reasoning_distillation",
     "pruning/pruning_demo", "pruning/structured_pruning", "pruning/one_shot_pruning",
 )  # fmt: skip
