@@ -21,7 +21,8 @@ from course_utils.grids.vectors import kmeans, nearest_vectors
 from course_utils.kernels import pack, unpack
 
 USES = ("none", "diagonal", "full")
-FITTED = 2**15  # vectors, drawn at random, that a codebook is fitted to: 128 for each of 256 entries
+# Vectors, drawn at random, that a codebook is fitted to: 128 for each of 256 entries.
+FITTED = 2**15
 
 
 @dataclass(frozen=True)
