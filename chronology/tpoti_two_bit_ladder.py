@@ -575,7 +575,7 @@ def train_codes(n_bits, group_size):
         symmetric=True,
         weight_range="mse",
     )
-    student = copy.deepcopy(dense)
+    student = copy.deepcopy(dense).float()  # steps too small for 16 bits
     prepare_qat(student, method)
     begun = time.perf_counter()
     curve = distil(student, dense, batches, DistilSettings(), config)
