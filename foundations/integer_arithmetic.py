@@ -497,7 +497,7 @@ else:
     print(f"differ, by at most {int(differ.max())}")
 
 # %% [markdown]
-# The package's codes are equal. From PyTorch's, at most a few differ, by one: they lie next to a tie, which a float and an integer factor may round to different sides.
+# The package's codes are equal. From PyTorch's a small share differs, by one code at most: those sums lie next to a tie, which a float and an integer factor may round to different sides.
 #
 # ## A whole model
 #
@@ -555,7 +555,7 @@ speakers = {"float": model} | {f"inputs {k}": m for k, m in made[name].items()}
 print(continuations(speakers, tokenizer, prompt_of(name), new_tokens=16))
 
 # %% [markdown]
-# With float inputs the text is the float model's, or begins as it does. The more the inputs are rounded, the sooner it takes another way. It stays language: half a nat is no collapse.
+# With float inputs the text is the float model's, or begins as it does. Where inputs are rounded it may take another way, even where the mean loss is not distinguished from 0. One text proves nothing; it stays language.
 #
 # ## What you saw
 #
