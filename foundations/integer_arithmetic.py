@@ -442,7 +442,7 @@ for (name, scales), found in measured.items():
 # The table says per mille of the output's power, with one standard error over documents. In the recorded run, on course-lm with one scale for $W$, weights make {{integer_arithmetic.course-lm.tensor.weights_share:.0%}} of the noise, inputs
 # {{integer_arithmetic.course-lm.tensor.inputs_share:.0%}} and outputs {{integer_arithmetic.course-lm.tensor.outputs_share:.0%}}. The three add up to {{integer_arithmetic.course-lm.tensor.sum:.3f}}; rounded together they make {{integer_arithmetic.course-lm.tensor.all:.3f}} ± {{integer_arithmetic.course-lm.tensor.all_error:.3f}}. So the errors do add as powers, and the shares mean something.
 #
-# A scale a row divides the part of the weights, and the sum falls by little: the weights were the smallest part. On SmolLM2, inputs make {{integer_arithmetic.smollm2-135m-q4_1.row.inputs_share:.0%}} of the noise with a scale a row. **Who wants to improve an 8-bit layer looks at its inputs and
+# A scale a row divides the part of the weights. On course-lm the sum falls by little, since the weights were the smallest part there; on SmolLM2 they were more than the outputs. With a scale a row, inputs make {{integer_arithmetic.smollm2-135m-q4_1.row.inputs_share:.0%}} of the noise on SmolLM2. **Who wants to improve an 8-bit layer looks at its inputs and
 # outputs first**, not at its weights. How does it go with fewer bits?
 
 # %%

@@ -664,7 +664,7 @@ speakers = {"float": model, **in_groups[name]}
 print(continuations(speakers, tokenizer, prompt_of(name), new_tokens=16))
 
 # %% [markdown]
-# The 8-bit model says what the float model says, nearly or to the letter. With fewer bits the text first differs, then repeats itself; at 2 bits hardly any language is left. One text proves nothing; it shows the size of a nat.
+# The 8-bit model says what the float model says, nearly or to the letter. With fewer bits the text goes other ways; at 2 bits hardly any language is left. One text proves nothing; it shows the size of a nat.
 #
 # The noise inside the cells of SmolLM2's old grid has a price too. We compare the dithered model with the plain one on the same tokens.
 
