@@ -12,14 +12,14 @@ course: .venv/course.stamp  ## run every notebook in the quick profile
 test: .venv/test.stamp  ## everything that is tested
 	$(COURSE) test
 
-test-coassignments: .venv/classroom.stamp  ## teachers' and students' versions, into classroom/
+test-colab: .venv/course.stamp  ## every notebook on the packages of Colab's runtimes
+	$(COURSE) test-colab
+
+assignments: .venv/classroom.stamp  ## teachers' and students' versions, into classroom/
 	$(COURSE) assignments
 
 release-assignments: .venv/course.stamp  ## student versions, into assignments/
 	$(COURSE) release-assignments
-
-lab: .venv/course.stamp  ## every notebook on the packages of Colab's runtimes
-	$(COURSE) test-colab
 
 test-gpu: .venv/test.stamp  ## what needs a GPU; skipped without one
 	$(COURSE) test-gpu

@@ -92,6 +92,17 @@ def test_make_targets_are_commands_that_windows_has():
     assert named <= set(commands)
 
 
+def test_each_make_target_has_one_rule_and_runs_the_command_of_its_name():
+    """A rule once lost its name to a bad edit: `make lab` ran the notebooks on Colab's packages."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (phony,) = re.findall(r"^\.PHONY: (.+)$", makefile, re.M)
+    targets = re.findall(r"^([\w-]+):", makefile, re.M)
+    assert sorted(targets) == sorted(phony.split())
+    rules = re.findall(r"^([\w-]+):.*\n\t\$\(COURSE\) ([\w-]+)", makefile, re.M)
+    assert {target: command for target, command in rules if target != command} == {"course": "run"}
+    assert {target for target, _ in rules} == set(targets) - {"clean"}
+
+
 @pytest.mark.parametrize("name", sorted(get_command(app).commands))
 def test_help_has_an_example(name):
     command = get_command(app).commands[name]

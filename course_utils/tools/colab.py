@@ -43,9 +43,8 @@ from course_utils.tools.notebooks.side_by_side import execute_all
 from course_utils.tools.notebooks.standard_cells import SETUP
 
 LISTS = "course_utils/tools/runtimes"
-CLASSROOM = (
-    "# What the extra `classroom` adds"  # in constraints.txt: below it, nothing is a reader's
-)
+# Of constraints.txt: what stands below it, no reader needs.
+CLASSROOM = "# What the extra `classroom` adds"
 # What a T4 has otherwise than this machine's CPU: run after the set-up cell.
 AS_ON_A_T4 = """
 import sys
