@@ -70,7 +70,7 @@ class QuantizedWeight:
 
     @cached_property
     def kernel_codes(self) -> GroupedCodes | None:
-        """`grouped()`, made when first asked for and then kept: a small product takes no longer than that."""
+        """`grouped()`, made when first asked for and kept: its checks take as long as a small product."""
         return self.grouped()
 
     def layout(self, make: Callable[["QuantizedWeight"], Layout]) -> Layout:

@@ -13,14 +13,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from course_utils.compression.base import (
-    Method,
-    QuantizedWeight,
-    check_weight,
-    dequantized_linear,
-)
+from course_utils.compression.base import QuantizedWeight, check_weight
 from course_utils.compression.compensation import compensate
 from course_utils.compression.hessian import Hessian, inverse_factor
+from course_utils.compression.stepwise import HessianMethod
 from course_utils.grids.codebook import lloyd_max, nearest_codes
 from course_utils.grids.uniform import group_width, stored_scale
 from course_utils.kernels import GroupedCodes, pack, unpack
@@ -29,9 +25,8 @@ from course_utils.kernels import GroupedCodes, pack, unpack
 # width: there the search for a scale begins. `tests/test_ultra_low.py` derives them.
 NORMAL_HALF_STEPS = {1: 0.79788, 2: 0.49784, 3: 0.29301, 4: 0.16760}
 TURNS = 25  # of codes and scale, at most; most searches stop before
-SMALLEST_REST = (
-    4e-6  # a second plane with a scale below, which float16 would change, is left out: 0
-)
+# A second plane with a scale below, which float16 would change, is left out: 0.
+SMALLEST_REST = 4e-6
 SMALLEST = 1e-38  # sizes are divided by as if they were at least this: groups of zeros stay finite
 
 
@@ -141,7 +136,7 @@ def _float_grid(weight: UltraLowWeight) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class UltraLow(Method):
+class UltraLow(HessianMethod):
     """Nearest of few symmetric levels times a scale; inputs stay float.
 
     `n_bits`: 1 to 4, of one plane. `group_size`: how many neighbouring columns of a row share a scale, or
@@ -186,13 +181,9 @@ class UltraLow(Method):
         self._width(columns)
 
     @property
-    def wants_statistics(self) -> bool:
-        """With `compensate`: the Hessian."""
+    def uses_hessian(self) -> bool:
+        """With `compensate`."""
         return self.compensate
-
-    def new_statistics(self, in_features: int, device: torch.device) -> Hessian:
-        """The Hessian, still without inputs."""
-        return Hessian(in_features, device)
 
     def quantize(self, weight: Tensor, statistics: Hessian | None = None) -> UltraLowWeight:
         """Codes of `weight` `[out, in]`; with `compensate` under the Hessian of its inputs, in float64."""
@@ -212,16 +203,6 @@ class UltraLow(Method):
             scale, codes = self._compensated(weight, statistics.matrix(), scale, levels)
         kept = None if self.levels == "uniform" else levels
         return UltraLowWeight(pack(codes, self.n_bits), scale, kept, self.n_bits, columns)
-
-    def output_error(
-        self, weight: Tensor, approximation: Tensor, statistics: Hessian
-    ) -> float | None:
-        """The Hessian tells it: no need to run the block again."""
-        return statistics.relative_error(weight.float(), approximation)
-
-    def linear(self, x: Tensor, weight: UltraLowWeight, bias: Tensor | None) -> Tensor:
-        """`x @ W.T + bias`, for `x` `[tokens, in]`, with the dequantized weight."""
-        return dequantized_linear(x, weight, bias)
 
     def _width(self, columns: int) -> int:
         """Columns that share a scale in a row."""
