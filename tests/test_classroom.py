@@ -457,6 +457,23 @@ def test_nbgrader_gives_the_solution_all_points_and_stubs_and_a_bundle_of_mistak
     assert all("NotImplementedError" in told.reason for told in graded["stub"].exercises)
 
 
+def test_defect_assignments_were_made_only_in_an_activated_environment(
+    course, tmp_path, monkeypatch
+):
+    """nbgrader calls `alembic` by name, and an environment's Python can be called by its path alone."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    grading.generate(tmp_path, classroom.write_sources([course], tmp_path, SECRET))
+    assert (tmp_path / "release" / "sample" / "sample.ipynb").is_file()
+    assert os.environ["PATH"] == str(tmp_path)
+
+
+def test_defect_assignments_that_were_not_made_told_no_reason(course, tmp_path):
+    names = classroom.write_sources([course], tmp_path, SECRET)
+    (tmp_path / "source" / "sample" / "sample.ipynb").write_text("{")
+    with pytest.raises(CourseError, match="could not make the assignment sample: .*JSON"):
+        grading.generate(tmp_path, names)
+
+
 # The handbook
 
 

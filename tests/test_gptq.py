@@ -499,6 +499,20 @@ def test_linear_is_the_product_with_the_dequantized_weight_in_the_dtype_of_the_i
     assert method.linear(x.bfloat16(), stored, bias).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("group_size", [16, 32])
+@pytest.mark.parametrize("static_groups", [False, True])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_defect_scattered_groups_were_multiplied_as_if_they_were_neighbours(
+    group_size, static_groups, tokens
+):
+    """Kernels took column i's scale to be that of group i // group_size, which act-order changes."""
+    x, weight = inputs(256, 64).float(), normal(8, 64).float()
+    method = GPTQ(group_size=group_size, act_order=True, static_groups=static_groups)
+    stored = method.quantize(weight, statistics_of(x))
+    expected = x[:tokens] @ stored.dequantize().T
+    torch.testing.assert_close(method.linear(x[:tokens], stored, None), expected)
+
+
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
 def test_blocks_follow_the_quantized_ones_before(make):
     """The second block's Hessian is that of a model whose first block is quantized already."""

@@ -30,6 +30,7 @@ from course_utils.grids.uniform import (
     scale_and_zero_point,
     stored_scale,
 )
+from course_utils.kernels import GroupedCodes
 from course_utils.quantizers.affine import AffineWeight
 
 
@@ -138,6 +139,10 @@ class GPTQWeight(AffineWeight):
     """Codes with a grid for each group; `group_index` where a group's columns are not neighbours."""
 
     group_index: Tensor | None = None  # int32 [in]: the group of each column
+
+    def grouped(self) -> GroupedCodes | None:
+        """As `AffineWeight`'s; None where a group's columns are scattered, which no kernel reads."""
+        return super().grouped() if self.group_index is None else None
 
     def dequantize(self) -> Tensor:
         """The weight `[out, in]` in float32: S (q - Z)."""

@@ -11,6 +11,7 @@ costs no points (nbgrader takes it for an error), and a value that a cell ends w
 
 import logging
 import os
+import sysconfig
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -159,11 +160,19 @@ def configure(config: Config) -> None:
 
 
 def generate(folder: Path, assignments: list[str]) -> None:
-    """Let nbgrader make the release of each assignment in `folder`, and take its cells down."""
-    config, log = _config(folder), []
+    """Let nbgrader make the release of each assignment in `folder`, and take its cells down.
+
+    Raises `CourseError` with what nbgrader says if it cannot.
+    """
+    config = _config(folder)
     for name in assignments:
-        with _noting(log):
-            _start(GenerateAssignment, config, assignment=name)
+        log: list[str] = []
+        try:
+            with _nbgrader(log):
+                _start(GenerateAssignment, config, assignment=name)
+        except NbGraderException as error:
+            told = "; ".join(dict.fromkeys(log)) or "no reason was given"
+            raise CourseError(f"nbgrader could not make the assignment {name}: {told}") from error
 
 
 def grade(
@@ -210,7 +219,7 @@ def _grade_one(
         if found.name != f"{name}.ipynb":
             found.rename(submitted / f"{name}.ipynb")
         try:
-            with _noting(log):
+            with _nbgrader(log):
                 _start(Autograde, config, assignment=name, student=student)
                 _start(GenerateFeedback, config, assignment=name, student=student)
         except NbGraderException:
@@ -230,7 +239,7 @@ def _grade_one(
 
 def _zero(gradebook: Gradebook, name: str, student: str) -> None:
     """No points, in the gradebook as well, whatever an earlier run gave."""
-    with _noting([]):
+    with _nbgrader([]):
         gradebook.update_or_create_student(student)
         submission = gradebook.update_or_create_submission(name, student)
     for notebook in submission.notebooks:
@@ -276,8 +285,11 @@ def _start(converter: type, config: Config, assignment: str, student: str = "*")
 
 
 @contextmanager
-def _noting(found: list[str]) -> Iterator[None]:
-    """Collect the errors that nbgrader logs, the last line of each, and keep its log off the screen."""
+def _nbgrader(found: list[str]) -> Iterator[None]:
+    """While nbgrader works: collect the last line of each error that it logs, and show nothing of its log.
+
+    It calls `alembic` by name, which lies beside Python also where the environment was not activated.
+    """
 
     class Noting(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -287,8 +299,9 @@ def _noting(found: list[str]) -> Iterator[None]:
     logger, handler = logging.getLogger("traitlets"), Noting()
     propagate, handlers = logger.propagate, logger.handlers
     logger.propagate, logger.handlers = False, [handler]
+    scripts = os.pathsep.join(filter(None, [sysconfig.get_path("scripts"), os.environ.get("PATH")]))
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), set_environment({"PATH": scripts}):
             warnings.simplefilter("ignore", SAWarning)  # of nbgrader's own way with its database
             yield
     finally:
