@@ -4,7 +4,7 @@
 PYTHON ?= python3
 COURSE = .venv/bin/python -m course_utils
 
-.PHONY: course test test-colab test-gpu oracles assignments release-assignments lab build check lint clean
+.PHONY: course test test-colab test-gpu oracles assignments release-assignments lab leaderboard build check lint clean
 
 course: .venv/course.stamp  ## run every notebook in the quick profile
 	$(COURSE) run --profile quick
@@ -29,6 +29,9 @@ oracles: .venv/course.stamp  ## golden vectors of production libraries, made ane
 
 lab: .venv/course.stamp  ## JupyterLab on the course
 	$(COURSE) lab
+
+leaderboard: .venv/course.stamp  ## every method on course-lm under one protocol: minutes
+	$(COURSE) leaderboard
 
 build: .venv/course.stamp  ## rebuild the notebooks whose script or package changed
 	$(COURSE) build

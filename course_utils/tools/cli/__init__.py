@@ -10,10 +10,18 @@ import typer
 
 from course_utils.cache import DownloadError
 from course_utils.tools import CourseError
-from course_utils.tools.cli import bench, classroom, models, notebooks, quality, results
+from course_utils.tools.cli import (
+    bench,
+    classroom,
+    leaderboard,
+    models,
+    notebooks,
+    quality,
+    results,
+)
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
-for _group in (notebooks, classroom, quality, models):
+for _group in (notebooks, classroom, quality, models, leaderboard):
     app.add_typer(_group.app)
 app.add_typer(bench.app, name="bench", help="Benchmarks, never run as tests.")
 app.add_typer(results.app, name="results", help="Measured values: list, accept, fill, check.")
