@@ -1,25 +1,29 @@
 """`course leaderboard`: every method under one protocol, a record a row, so that it can be interrupted.
 
-A row is quantized in a process of its own (`bench quantize`'s), which tells seconds and peak memory and
-saves the packed model. This process then compares it with the float model on two texts, lets both fill in
-the blanks of a cloze task, and times them in turns. A fresh process tells the memory that loading takes. A
-row is measured again where its method's code, its settings or the protocol changed; `ship` writes the rows
-for the notebook.
+A row is quantized in a process of its own, as in `bench quantize`, which tells seconds and peak memory and
+saves the packed model; another fresh process tells the memory that loading takes. This process then compares
+the model with the float one on two texts, lets both fill in the blanks of a cloze task, and times them in
+turns. Fresh processes are forked, where the system can, from one that has only imported: that saves seconds a
+row. A row is measured again where its method's code, its settings or the protocol changed; `ship` writes the
+rows for the notebook.
 """
 
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import shutil
 import statistics
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
+import psutil
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,7 +31,7 @@ from torch import Tensor, nn
 from course_utils.compression.decoding import decode_model
 from course_utils.data.tokens import calibration_tokens
 from course_utils.evaluation import Protocol as TextProtocol
-from course_utils.evaluation import Text, compare, file_bytes, process_bytes, tensor_bytes
+from course_utils.evaluation import Text, compare, file_bytes, tensor_bytes
 from course_utils.evaluation.cloze import Blank, blanks, filled
 from course_utils.evaluation.compare import Comparison
 from course_utils.evaluation.leaderboard import FLOAT, Row, Score, row_from
@@ -36,11 +40,16 @@ from course_utils.files import replacing
 from course_utils.models import ModelUnavailable, linear_layers, load_model
 from course_utils.results.entries import _commit, _versions
 from course_utils.tools import CourseError
+from course_utils.tools.bench import quantize_once
 from course_utils.tools.bench.leaderboard_rows import LARGE, ROWS, Entry
-from course_utils.tools.bench.quantize import PACKAGE, Contender, key_part, parse_method, run_once
+from course_utils.tools.bench.quantize import PACKAGE, key_part, parse_method
 from course_utils.tools.notebooks.sources import sources_used
 from course_utils.tools.notebooks.stamps import code
 
+KIND = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+PROCESSES = multiprocessing.get_context(KIND)
+PROCESSES.set_forkserver_preload(["course_utils.tools.bench.quantize_once"])
+T = TypeVar("T")
 CORPORA = ("factbook", "wikipedia")  # the second is another domain for course-lm
 REMEMBERED = 1e9  # bytes of the float model's logits that are kept for the next row
 
@@ -58,6 +67,15 @@ class Protocol:
     rounds: int = 3  # of generating, in turns with the float model
     threads: int = 1
     corpora: tuple[str, ...] = CORPORA
+
+
+def loaded_bytes(folder: Path) -> int:
+    """By how much this process grows when it loads the model in `folder`, and one of another kind before."""
+    load_model("course-lm")  # so that what any model needs (code, buffers) is there before
+    before = psutil.Process().memory_info().rss
+    for tensor in load_model(str(folder)).model.state_dict().values():
+        tensor.sum()  # read every page: files are mapped into memory lazily
+    return psutil.Process().memory_info().rss - before
 
 
 class _Remembering(nn.Module):
@@ -142,11 +160,14 @@ class Run:
 
     def _row(self, entry: Entry) -> Row:
         method, out = parse_method(entry.spec), self.folder / "out"
-        command = [sys.executable, "-m", "course_utils.tools.bench.quantize_once"]
-        one = Contender(entry.spec, method, "course", command, PACKAGE.parent)
-        measured = run_once(one, self.folder / FLOAT, out, self.protocol.threads)
+        settings = {"name": method.name, **asdict(method)}
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        self._fresh(quantize_once.main, self.folder / FLOAT, settings, out)
+        measured = json.loads((out / "measured.json").read_text("utf-8"))
+        added = measured["peak_bytes"] - measured["loaded_bytes"]
         packed = load_model(str(out)).model
-        sizes = tensor_bytes(packed), file_bytes(out), process_bytes(out)
+        sizes = tensor_bytes(packed), file_bytes(out), self._fresh(loaded_bytes, out)
         milliseconds, ratio = self._in_turns(packed)
         with suppress(
             ValueError
@@ -156,18 +177,24 @@ class Run:
         return Row(
             entry.name, method.name, _plain(asdict(method)),
             entry.stored, entry.kernel, entry.algorithm, method.needs_calibration,
-            measured["bits_per_weight"], *sizes, measured["seconds"], measured["added_bytes"],
+            measured["bits_per_weight"], *sizes, measured["seconds"], added,
             milliseconds, ratio, *self._quality(packed),
         )  # fmt: skip
 
     def _float_row(self, entry: Entry) -> Row:
         place = self.folder / FLOAT
-        sizes = tensor_bytes(self.model), file_bytes(place), process_bytes(place)
+        sizes = tensor_bytes(self.model), file_bytes(place), self._fresh(loaded_bytes, place)
         milliseconds, _ = self._in_turns(self.model)
         return Row(
             entry.name, FLOAT, {}, entry.stored, entry.kernel, entry.algorithm, False, 32.0,
             *sizes, 0.0, 0, milliseconds, 1.0, *self._quality(self.reference),
         )  # fmt: skip
+
+    def _fresh(self, function: Callable[..., T], *arguments) -> T:
+        """`function(*arguments)` in a process of its own."""
+        threads = self.protocol.threads
+        with ProcessPoolExecutor(1, PROCESSES, torch.set_num_threads, (threads,)) as fresh:
+            return fresh.submit(function, *arguments).result()
 
     def _in_turns(self, model: nn.Module) -> tuple[float, float]:
         """Milliseconds a token, and how many times as fast as the float model: medians over all rounds."""
