@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["badge"]
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/awq_ablations.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/awq_ablations.ipynb) to read, or [work on its exercises in Colab](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/assignments/chronology/awq_ablations.ipynb)
 # # AWQ, part by part: scales, ranges, text, and GPTQ after it
 #
 # *Large Model Quantization: a deep dive. Chronology, companion of `awq_demo`.*

@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["badge"]
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/gptq_ablations.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/gptq_ablations.ipynb) to read, or [work on its exercises in Colab](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/assignments/chronology/gptq_ablations.ipynb)
 # # GPTQ, part by part: what calibration, order and grids are worth
 #
 # *Large Model Quantization: a deep dive. Chronology, companion of `gptq_demo`.*
