@@ -81,8 +81,8 @@ def _standard_cell_problems(nb: NotebookNode, notebook: Notebook) -> list[str]:
     if "badge" not in tags(nb.cells[0]):
         problems.append("the first cell is not the one tagged `badge`")
     for cell in tagged(nb, "badge"):
-        first = first_line(notebook.name, bool(tagged(nb, "exercise-tests")))
-        if cell.source.splitlines()[:1] != [first]:
+        exercises = any(tag.startswith("exercise") for cell in nb.cells for tag in tags(cell))
+        if cell.source.splitlines()[:1] != [first_line(notebook.name, exercises)]:
             problems.append(f"the badge is not this notebook's: {remedy}")
         if not any(line.startswith("# ") for line in cell.source.splitlines()):
             problems.append("the cell tagged `badge` holds no title: write one below the badge")

@@ -67,7 +67,7 @@ def write_standard_cells(script: str, name: str) -> str:
     The set-up cell is the one tagged `setup`, the badges the first line of the one tagged `badge`; a
     script without them is returned as it is, and `course check` asks for them.
     """
-    first = first_line(name, bool(_lines_of(script, "exercise-tests")))
+    first = first_line(name, bool(re.search(r'^# %%.*"exercise', script, re.M)))
     lines = ["# " + first, *_lines_of(script, "badge")[1:]]
     script = _replace_cell(script, "badge", "\n".join(lines) + "\n")
     return _replace_cell(script, "setup", SETUP)
