@@ -836,22 +836,23 @@ def unused_codes(minimum, maximum, n_bits=8):
     """Codes of the symmetric grid that no value in [minimum, maximum] gets.
 
     Approach: quantize both ends by q = clamp(round(x / S), -2^(n-1), 2^(n-1) - 1) with
-    S = 2 t / (2^n - 1); all codes between theirs are used. The range holds 0.
+    S = 2 t / (2^n - 1); all codes between theirs are used. minimum <= 0, and maximum is
+    the largest magnitude, as behind a GELU.
     Example: values in [0, 8] never get a code below 0: 128 of 256 codes.
     Hint: Python's round goes half to even, as torch's does.
     """
     ### BEGIN SOLUTION
     top = 2 ** (n_bits - 1)
-    step = 2 * max(-minimum, maximum) / (2**n_bits - 1)
+    step = 2 * maximum / (2**n_bits - 1)
     low, high = (min(max(round(v / step), -top), top - 1) for v in (minimum, maximum))
     return 2**n_bits - (high - low + 1)
     ### END SOLUTION
 
 
 # %% tags=["exercise-tests"]
-assert unused_codes(-3.0, 3.0) == 0, "a symmetric range uses all codes: count both ends"
+assert unused_codes(-2.9, 3.0) == 5, "codes -123 to 127 are used: 251 of them"
 assert unused_codes(0.0, 8.0) == 128, "codes 0 to 127 are used: clamp, and count the 0"
-assert unused_codes(-8.0, 0.0) == 127, "t is the largest magnitude, here of the minimum"
+assert unused_codes(-1.0, 2.0, 3) == 2, "at 3 bits codes -2 to 3 of 8 are used"
 lost = unused_codes(-0.17, 8.0)
 assert lost == 125, "-0.17 gets the code round(-2.7) = -3: round, do not cut off"
 print(f"GELU, [-0.17, 8]: {lost} of 256 codes are never used: nearly one bit")
@@ -863,8 +864,7 @@ draw = random.Random(seed)
 for n_bits in (3, 4, 8):
     low, high = -draw.uniform(0.05, 2), draw.uniform(2, 9)
     many = torch.linspace(low, high, 200_001, dtype=torch.float64)
-    step = 2 * high / (2**n_bits - 1)
-    top = 2 ** (n_bits - 1)
+    step, top = 2 * high / (2**n_bits - 1), 2 ** (n_bits - 1)
     used = (many / step).round().clamp(-top, top - 1).unique()
     found, want = unused_codes(low, high, n_bits), 2**n_bits - len(used)
     assert found == want, f"[{low}, {high}] at {n_bits} bits: {want}, n_bits counts"
@@ -954,7 +954,7 @@ assert start.tolist() == [1, 2, 3, 4], "the counts that were given stay as they 
 ### BEGIN HIDDEN TESTS
 seed = 0  # the teacher's seed
 draw = torch.Generator().manual_seed(seed)
-stream = torch.rand(5000, generator=draw) * 37
+stream = (torch.rand(5000, generator=draw) * 37).sort().values  # it grows
 pieces, width_p = torch.zeros(64, dtype=torch.int64), 1 / 64
 for piece in stream.split(700):
     pieces, width_p = update_histogram(pieces, width_p, piece)

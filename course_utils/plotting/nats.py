@@ -1,6 +1,6 @@
 """Figures of nats lost by a few variants, or along a setting, with their errors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
@@ -14,13 +14,14 @@ def nats_by_variant(panels: Mapping[str, Losses]) -> Figure:
     """A row for each variant, one axis a panel: `panels[title][variant] = (nats, standard error)`.
 
     A bar reaches 2 standard errors to each side. A hollow point is not distinguished from the float model,
-    the dashed line at 0. Panels have scales of their own. Raises ValueError for a panel without variants.
+    the dashed line at 0. Panels have scales of their own. For `foundations/dynamic_range`. Raises
+    ValueError for a panel without variants.
     """
+    if empty := [title for title, losses in panels.items() if not losses]:
+        raise ValueError(f"panel {empty[0]!r} has no variants to draw")
     rows = max(len(losses) for losses in panels.values())
     figure, axes = new_figure(1, len(panels), height=1.2 + 0.32 * rows, squeeze=False)
     for axis, (title, losses) in zip(axes[0], panels.items(), strict=True):
-        if not losses:
-            raise ValueError(f"panel {title!r} has no variants to draw")
         axis.axvline(0, color=COLOURS["grey"], linestyle="--", linewidth=1)
         for place, (nats, error) in enumerate(losses.values()):
             face = COLOURS["blue"] if abs(nats) >= 2 * error and nats != 0 else "white"
@@ -41,18 +42,19 @@ def nats_against_alpha(
     """Nats lost against alpha, `panels[title][kind][alpha] = (nats, standard error)`.
 
     `without[title][kind]` is the loss without smoothing, a dashed line in the kind's colour. Bars reach 2
-    standard errors to each side. Panels have scales of their own.
+    standard errors to each side, and the grey line at 0 is the float model. Panels have scales of their
+    own. For `foundations/smoothing`.
     """
     styles = series_styles((kind for curves in panels.values() for kind in curves), "marker")
     figure, axes = new_figure(1, len(panels), height=3.6, squeeze=False)
     for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
         for kind, points in curves.items():
             nats, errors = zip(*points.values(), strict=True)
-            bars: Sequence[float] = [2 * error for error in errors]
+            bars = [2 * error for error in errors]
             axis.errorbar(list(points), nats, bars, capsize=3, label=kind, **styles[kind])
             axis.axhline(without[title][kind], color=styles[kind]["color"], linestyle="--",
                          label=f"{kind}, not smoothed")  # fmt: skip
-        axis.set_ylim(bottom=0)
+        axis.axhline(0, color=COLOURS["grey"], linewidth=1)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("alpha")
         axis.legend(fontsize=8)

@@ -18,7 +18,8 @@ def codes_of_tokens(x: Tensor, codes: Mapping[str, Tensor]) -> Figure:
     """Activations `x` `[tokens, features]`, and beside them `codes[title]` of the same shape.
 
     Red is positive, blue negative, white zero; within a panel colours follow magnitudes, so that zeros
-    stand out. At most 8 tokens, 6 features and 2 ranges. For `foundations/dynamic_range`. Raises
+    stand out. At most 8 tokens, 6 features and 2 ranges. For `foundations/dynamic_range` and
+    `foundations/smoothing`. Raises
     ValueError for more, and for codes of another shape.
     """
     refuse_above(MAX_TOKENS, len(x), "tokens", "show a few of them")
