@@ -285,16 +285,17 @@ peak = heaviest[name][0]
 batches = [x.float().cpu() for x in inputs[name][peak]]  # 16 of [64 tokens, in]
 together = torch.cat(batches)
 far = together.abs().amax(0).argsort(descending=True)[:2]  # features
-start = max(0, min(int(far[0]) - 200, together.shape[1] - 400))
-shown = [int(j) - start for j in far if start <= j < start + 400]
-figure = activation_heatmap(together[:192, start : start + 400], shown)
+others = torch.arange(0, together.shape[1], together.shape[1] // 38)
+chosen = torch.cat([others, far]).unique()  # in order, [features]
+marked = [i for i, j in enumerate(chosen.tolist()) if j in far.tolist()]
+figure = activation_heatmap(together[:140, chosen], marked)
 plt.show()
-print(f"{name}, {peak}: features from {start} on, the marked numbers count from there")
+print(f"{name}, {peak}: the marked features are {sorted(far.tolist())}")
 
 # %% [markdown]
-# *Figure: heatmap of |x| on a logarithmic colour scale, tokens down, features across; the features with the largest values are marked.*
+# *Figure: heatmap of |x| on a logarithmic colour scale, 140 tokens down, and across the two features with the largest values, marked, among some forty others.*
 #
-# On SmolLM2 the first token of each text (rows 0, 64 and 128) holds values a thousand times larger than the rest, in one or two features. Such **massive activations** occur in many language models [@sun2024massive]. course-lm, the
+# On SmolLM2 the first token of each text (rows 0, 64 and 128) holds values about a thousand times larger than the rest, in two features. Such **massive activations** occur in many language models [@sun2024massive]. course-lm, the
 # only model of the profile `quick`, has none.
 #
 # ## Five observers
@@ -421,7 +422,7 @@ plt.show()
 #
 # The cliff at 0.17 in course-lm's histogram is no outlier. The layer reads the outputs of GELU, whose least value is -0.17. Below 0.17 both signs count, above it only positive values: half of a symmetric grid is nearly unused (exercise 1).
 #
-# On SmolLM2 the clips lie up to a factor of a thousand apart. Squares weigh a single far value heavily; percentile and entropy hardly see it. Which of them is right no histogram tells.
+# On SmolLM2 the clips lie up to a factor of several hundred apart. Squares weigh a single far value heavily; percentile and entropy hardly see it. Which of them is right no histogram tells.
 #
 # Are they computed right? The package's observers read a stream and hold a histogram that grows; PyTorch has the first two.
 
@@ -587,8 +588,8 @@ plt.show()
 # %% [markdown]
 # *Figure: nats lost by each rule, with bars of two standard errors, on course-lm with 5-bit inputs and on SmolLM2 with 8-bit inputs. The dashed line is the float model. The panels have scales of their own.*
 #
-# **course-lm.** At 8 bits no rule loses more than a few thousandths. At 5 bits the rule decides: in the recorded run min-max loses {{dynamic_range.course-lm.static5.minmax.loss:.2f}} ± {{dynamic_range.course-lm.static5.minmax.loss_error:.2f}} nats, MSE {{dynamic_range.course-lm.static5.mse.loss:.3f}} ± {{dynamic_range.course-lm.static5.mse.loss_error:.3f}}, and a range for each token
-# {{dynamic_range.course-lm.per_token5.loss:.3f}} ± {{dynamic_range.course-lm.per_token5.loss_error:.3f}}; the last two are {{dynamic_range.course-lm.per_token_less_mse_few:+.3f}} ± {{dynamic_range.course-lm.per_token_less_mse_few_error:.3f}} apart. Without far values the squared error is a good guide.
+# **course-lm.** At 8 bits no rule loses more than a hundredth of a nat. At 5 bits the rule decides: in the recorded run min-max loses {{dynamic_range.course-lm.static5.minmax.loss:.2f}} ± {{dynamic_range.course-lm.static5.minmax.loss_error:.2f}} nats, MSE {{dynamic_range.course-lm.static5.mse.loss:.3f}} ± {{dynamic_range.course-lm.static5.mse.loss_error:.3f}}, and a range for each token
+# {{dynamic_range.course-lm.per_token5.loss:.3f}} ± {{dynamic_range.course-lm.per_token5.loss_error:.3f}}; the last two are {{dynamic_range.course-lm.per_token_less_mse_few:+.3f}} ± {{dynamic_range.course-lm.per_token_less_mse_few_error:.3f}} apart. Without far values the squared error is a good guide, and entropy, made for 8 bits, cuts off too much.
 #
 # **SmolLM2.** Every static rule fails at 8 bits. Min-max loses {{dynamic_range.smollm2-135m-q4_1.static8.minmax.loss:.2f}} ± {{dynamic_range.smollm2-135m-q4_1.static8.minmax.loss_error:.2f}} nats and entropy {{dynamic_range.smollm2-135m-q4_1.static8.entropy.loss:.1f}} ± {{dynamic_range.smollm2-135m-q4_1.static8.entropy.loss_error:.1f}}. Per token it is {{dynamic_range.smollm2-135m-q4_1.per_token8.loss:.3f}} ±
 # {{dynamic_range.smollm2-135m-q4_1.per_token8.loss_error:.3f}}. Why?
@@ -701,7 +702,7 @@ for b in (8, 6, 4):
 print(continuations(speakers, models[name].tokenizer, prompt_of(name), new_tokens=16))
 
 # %% [markdown]
-# The static range loses the thread at once on SmolLM2, with the same 8 bits that one range for each token needs to say nearly what the float model says. Six bits are fluent and wander; at four little sense is left. One text proves nothing; it shows the size of a nat.
+# In the recorded run, on SmolLM2: with a range for each token, 8 bits write the float model's words, and 6 bits write others that make sense. With 4 bits no words are left. The static range of 8 bits writes fluent text too, and it is another one from the start. One text proves nothing; the loss in nats says more.
 #
 # ## Weights: each row its own search
 #
@@ -800,15 +801,15 @@ for n, found in on_weights.items():
 
 # %% [markdown]
 # On SmolLM2, in the recorded run, the search lowers the error of the weights from {{dynamic_range.smollm2-135m-dithered.weights4_row.minmax.weight_error:.4f}} to {{dynamic_range.smollm2-135m-dithered.weights4_row.mse.weight_error:.4f}}, and *raises* the loss, by {{dynamic_range.smollm2-135m-dithered.weights4_row.mse.less_minmax:+.2f}} ± {{dynamic_range.smollm2-135m-dithered.weights4_row.mse.less_minmax_error:.2f}} nats. A large weight that
-# meets a massive input is clipped like any other. The weighted search knows the inputs: it changes the loss by {{dynamic_range.smollm2-135m-dithered.weights4_row.weighted_mse.less_minmax:+.2f}} ± {{dynamic_range.smollm2-135m-dithered.weights4_row.weighted_mse.less_minmax_error:.2f}}, though its weights are less exact. On course-lm both searches help, by {{dynamic_range.course-lm.weights3_row.mse.less_minmax:+.3f}} ± {{dynamic_range.course-lm.weights3_row.mse.less_minmax_error:.3f}} and {{dynamic_range.course-lm.weights3_row.weighted_mse.less_minmax:+.3f}} ± {{dynamic_range.course-lm.weights3_row.weighted_mse.less_minmax_error:.3f}}. To weigh errors by the inputs is the thought behind
+# meets a massive input is clipped like any other. The weighted search knows the inputs: it changes the loss by {{dynamic_range.smollm2-135m-dithered.weights4_row.weighted_mse.less_minmax:+.2f}} ± {{dynamic_range.smollm2-135m-dithered.weights4_row.weighted_mse.less_minmax_error:.2f}}, though its weights are less exact. On course-lm the search by the weights nearly halves their error, and changes the loss by {{dynamic_range.course-lm.weights3_row.mse.less_minmax:+.3f}} ± {{dynamic_range.course-lm.weights3_row.mse.less_minmax_error:.3f}}: nothing. The weighted one changes it by {{dynamic_range.course-lm.weights3_row.weighted_mse.less_minmax:+.3f}} ± {{dynamic_range.course-lm.weights3_row.weighted_mse.less_minmax_error:.3f}}. To weigh errors by the inputs is the thought behind
 # AWQ and GPTQ, later in the course.
 #
 # ## What you saw
 #
 # - **Rounding against clipping.** Their sum is least inside the range: at 4 bits, in the recorded run, at {{dynamic_range.draw.normal.clip4:.1f}} standard deviations for normal values and {{dynamic_range.draw.heavy_tails.clip4:.1f}} for heavy tails.
-# - **Five observers.** Each assumes something: that no value is an accident, that the first batch is typical, that the rarest do not matter, that squares do, or that frequency does. On one layer of SmolLM2 their clips lie a factor of a thousand apart.
+# - **Five observers.** Each assumes something: that no value is an accident, that the first batch is typical, that the rarest do not matter, that squares do, or that frequency does. On one layer of SmolLM2 their clips lie a factor of several hundred apart.
 # - **What a clip costs.** With static min-max ranges at 8 bits SmolLM2 loses {{dynamic_range.smollm2-135m-q4_1.static8.minmax.loss:.2f}} ± {{dynamic_range.smollm2-135m-q4_1.static8.minmax.loss_error:.2f}} nats. Restoring the layer with the heaviest tail alone leaves {{dynamic_range.smollm2-135m-q4_1.spared.heaviest_1.loss:.2f}} ± {{dynamic_range.smollm2-135m-q4_1.spared.heaviest_1.loss_error:.2f}}, the 16 heaviest of 210 {{dynamic_range.smollm2-135m-q4_1.spared.heaviest_16.loss:.3f}} ± {{dynamic_range.smollm2-135m-q4_1.spared.heaviest_16.loss_error:.3f}}.
-# - **Static or per token.** A range for each token costs SmolLM2 {{dynamic_range.smollm2-135m-q4_1.per_token8.loss:.3f}} ± {{dynamic_range.smollm2-135m-q4_1.per_token8.loss_error:.3f}} nats. On course-lm at 8 bits both are cheap.
+# - **Static or per token.** At 8 bits a range for each token costs SmolLM2 {{dynamic_range.smollm2-135m-q4_1.per_token8.loss:.3f}} ± {{dynamic_range.smollm2-135m-q4_1.per_token8.loss_error:.3f}} nats. On course-lm at 8 bits both are cheap.
 # - **Rows of weights.** Least error of the weights was the wrong objective on SmolLM2 ({{dynamic_range.smollm2-135m-dithered.weights4_row.mse.less_minmax:+.2f}} ± {{dynamic_range.smollm2-135m-dithered.weights4_row.mse.less_minmax_error:.2f}} nats against min-max), and least weighted error the right one ({{dynamic_range.smollm2-135m-dithered.weights4_row.weighted_mse.less_minmax:+.2f}} ± {{dynamic_range.smollm2-135m-dithered.weights4_row.weighted_mse.less_minmax_error:.2f}}).
 #
 # ## Limits
