@@ -122,7 +122,7 @@ generator = torch.Generator().manual_seed(profile.seed)
 #
 # A value inside the range is *rounded*, with a mean squared error near $S^2/12$, which grows with
 # $t^2$. A value outside is *clipped*, and loses all that sticks out. The objective is the sum,
-# $\mathrm{MSE}(t) = \mathrm{E}\,(x - \hat x)^2$. Whether *that* is what we should minimise, the model will say.
+# $\mathrm{MSE}(t) = \mathrm{E}\,(x - \hat x)^2$. Whether *that* is what to minimise, the model will say.
 #
 # ## By hand: one outlier among eight values
 #
@@ -638,7 +638,7 @@ for label, c in spared.items():
 
 # %% [markdown]
 # On SmolLM2, in the recorded run, restoring the heaviest of 210 layers alone changes the loss by {{dynamic_range.smollm2-135m-q4_1.spared.heaviest_1.change:+.2f}} ± {{dynamic_range.smollm2-135m-q4_1.spared.heaviest_1.change_error:.2f}} nats, to {{dynamic_range.smollm2-135m-q4_1.spared.heaviest_1.loss:.2f}} ± {{dynamic_range.smollm2-135m-q4_1.spared.heaviest_1.loss_error:.2f}}. No other layer's range was touched, so this much is its own. But most of the loss is elsewhere: with 8 layers restored {{dynamic_range.smollm2-135m-q4_1.spared.heaviest_8.loss:.2f}} ± {{dynamic_range.smollm2-135m-q4_1.spared.heaviest_8.loss_error:.2f}} is left, with 16 {{dynamic_range.smollm2-135m-q4_1.spared.heaviest_16.loss:.3f}} ± {{dynamic_range.smollm2-135m-q4_1.spared.heaviest_16.loss_error:.3f}}.
-# The 16 lightest change it by {{dynamic_range.smollm2-135m-q4_1.spared.lightest_16.change:+.3f}} ± {{dynamic_range.smollm2-135m-q4_1.spared.lightest_16.change_error:.3f}}. So it is the tails that cost, and not one layer: about one layer in thirteen carries nearly all.
+# The 16 lightest change it by {{dynamic_range.smollm2-135m-q4_1.spared.lightest_16.change:+.3f}} ± {{dynamic_range.smollm2-135m-q4_1.spared.lightest_16.change_error:.3f}}. So it is the tails that cost, in about one layer of thirteen, and not a single layer.
 #
 # What happens inside? We look at the codes of a few tokens in the heaviest layer, the first of a text and three others.
 
