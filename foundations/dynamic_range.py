@@ -23,7 +23,7 @@
 #
 # - split a quantization error into rounding and clipping, and find the clip that makes their sum least;
 # - build the five observers that production tools offer, and say what each of them assumes;
-# - measure what a clip costs a language model, and find the layer that pays;
+# - measure what a clip costs a language model, and find the layers that pay;
 # - choose between one range for all tokens and one for each;
 # - give the rows of a weight their ranges, by an error that agrees with the model's loss.
 #
@@ -422,7 +422,7 @@ plt.show()
 #
 # The cliff at 0.17 in course-lm's histogram is no outlier. The layer reads the outputs of GELU, whose least value is -0.17. Below 0.17 both signs count, above it only positive values: half of a symmetric grid is nearly unused (exercise 1).
 #
-# On SmolLM2 the clips lie up to a factor of several hundred apart. Squares weigh a single far value heavily; percentile and entropy hardly see it. Which of them is right no histogram tells.
+# On SmolLM2 the clips lie up to a factor of several hundred apart: percentile cuts off all massive values, entropy the largest of them, min-max and MSE none. Squares weigh a single far value heavily; percentile and entropy hardly see it. No histogram tells which of them is right.
 #
 # Are they computed right? The package's observers read a stream and hold a histogram that grows; PyTorch has the first two.
 
@@ -658,7 +658,7 @@ plt.show()
 # %% [markdown]
 # *Figure: four tokens down, five features across: their values, their 8-bit codes with one min-max range, and those with a range for each token. Red is positive, blue negative, white zero.*
 #
-# On SmolLM2 the massive value of the first token makes the step so wide that the others get nothing but zeros. How many values share that fate? **Far** tokens hold a value ten times beyond the median token's largest.
+# On SmolLM2 the massive value of the first token makes the step so wide that the others get nothing but zeros. How common is that fate? We call a token **far** if it holds a value ten times beyond the median token's largest.
 
 # %%
 largest = together.abs().amax(1)
@@ -687,8 +687,8 @@ for part, column in (columns | {"zeros": "zeros, others"}).items():
 record(f"dynamic_range.{name}.peak.far", int(is_far.sum()), "tokens", None, model=name)
 
 # %% [markdown]
-# Here error of the tensor and loss of the model part ways. With min-max the squared error of the whole tensor is {{dynamic_range.smollm2-135m-q4_1.peak.minmax.all:.1e}} of its power in the recorded run, a fine number. For all tokens but {{dynamic_range.smollm2-135m-q4_1.peak.far:.0f}} it is {{dynamic_range.smollm2-135m-q4_1.peak.minmax.others:.0%}}: {{dynamic_range.smollm2-135m-q4_1.peak.minmax.zeros:.0%}} of their values round to zero, and the layer is silent.
-# Percentile is the other way round: the others are fine, and the massive values, with which the model was trained, are gone. **No static clip is right there.** A range for each token is, at a price: a pass over every layer's input before its product can begin.
+# Here error of the tensor and loss of the model part ways. With min-max the squared error of the whole tensor is {{dynamic_range.smollm2-135m-q4_1.peak.minmax.all:.1e}} of its power in the recorded run, a fine number. For all tokens but the {{dynamic_range.smollm2-135m-q4_1.peak.far:.0f}} far ones it is {{dynamic_range.smollm2-135m-q4_1.peak.minmax.others:.0%}}: {{dynamic_range.smollm2-135m-q4_1.peak.minmax.zeros:.0%}} of their values round to zero, and the layer is silent.
+# Percentile is the other way round: the others are fine, and the massive values, which the model needs, are gone. **No static clip is right there.** A range for each token is, at a price: a pass over every layer's input before its product can begin.
 #
 # ## One prompt, several ranges
 #
@@ -747,8 +747,9 @@ torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
 print("50 rows: our clips are the package's")
 
 # %% [markdown]
-# SmolLM2's file holds 4-bit codes, and their grid would favour min-max. We take `smollm2-135m-dithered`: the same weights with seeded noise inside each cell of that grid, except in the few columns with the largest inputs (`linear_mapping` measures what the noise costs). It gets 4 bits, and course-lm, which is
-# robust, gets 3.
+# They are the same.
+#
+# SmolLM2's file holds 4-bit codes, and their grid would favour min-max. We take `smollm2-135m-dithered`: the same weights with seeded noise inside each cell of that grid, except in the few columns with the largest inputs (`linear_mapping` measures what the noise costs). It gets 4 bits, and course-lm 3.
 
 # %%
 def few_bits(name):

@@ -253,7 +253,7 @@ plt.show()
 # %% [markdown]
 # *Figure: two heatmaps of |x| at the input of one layer of course-lm, 128 tokens down and its features across, colours logarithmic and each with a scale of its own. First with four planted outlier features, marked; then smoothed with alpha 0.5.*
 #
-# In the first heatmap the four planted columns run through all tokens. In the second they no longer stand out. Has the function changed?
+# In the first heatmap the four planted columns run through all tokens. In the second they no longer stand out. But has the function changed?
 
 # %%
 rows = []
@@ -461,7 +461,7 @@ for a in (0.25, 0.75):
 #
 # On SmolLM2, in the recorded run, 6-bit inputs cost {{smoothing.smollm2-135m-q4_1.inputs6.none.loss:.2f}} ± {{smoothing.smollm2-135m-q4_1.inputs6.none.loss_error:.2f}} nats without smoothing. With $\alpha = 0.5$ it is {{smoothing.smollm2-135m-q4_1.inputs6.alpha500.loss:.2f}} ± {{smoothing.smollm2-135m-q4_1.inputs6.alpha500.loss_error:.2f}}, a change of {{smoothing.smollm2-135m-q4_1.inputs6.alpha500.less_none:+.2f}} ± {{smoothing.smollm2-135m-q4_1.inputs6.alpha500.less_none_error:.2f}}. The same factors in random places leave {{smoothing.smollm2-135m-q4_1.inputs6.random_places.loss:.2f}} ± {{smoothing.smollm2-135m-q4_1.inputs6.random_places.loss_error:.2f}}: no help. And $\alpha = 0$, so harmless on planted outliers, is a disaster: {{smoothing.smollm2-135m-q4_1.inputs6.alpha0.loss:.2f}} ± {{smoothing.smollm2-135m-q4_1.inputs6.alpha0.loss_error:.2f}}. It makes the weights' columns alike, and the inputs pay.
 #
-# Is 0.5 the best? It is better than 0.25, by {{smoothing.smollm2-135m-q4_1.inputs6.half_less_250:+.2f}} ± {{smoothing.smollm2-135m-q4_1.inputs6.half_less_250_error:.2f}}, and from 0.75 it differs by {{smoothing.smollm2-135m-q4_1.inputs6.half_less_750:+.2f}} ± {{smoothing.smollm2-135m-q4_1.inputs6.half_less_750_error:.2f}}: not distinguished. At $\alpha = 1$ there are {{smoothing.smollm2-135m-q4_1.inputs6.alpha1000.loss:.2f}} ± {{smoothing.smollm2-135m-q4_1.inputs6.alpha1000.loss_error:.2f}}. From 0.5 on the curve is flat. A reason lies at hand: the weights have 8 bits here and the inputs 6, so the weights can take more.
+# Is 0.5 the best? Compared with 0.25 its loss differs by {{smoothing.smollm2-135m-q4_1.inputs6.half_less_250:+.2f}} ± {{smoothing.smollm2-135m-q4_1.inputs6.half_less_250_error:.2f}}: it is better. Compared with 0.75 by {{smoothing.smollm2-135m-q4_1.inputs6.half_less_750:+.2f}} ± {{smoothing.smollm2-135m-q4_1.inputs6.half_less_750_error:.2f}}: not distinguished. At $\alpha = 1$ it is {{smoothing.smollm2-135m-q4_1.inputs6.alpha1000.loss:.2f}} ± {{smoothing.smollm2-135m-q4_1.inputs6.alpha1000.loss_error:.2f}}. From 0.5 on the curve is flat. A reason may be that the weights have 8 bits here and the inputs 6, so that the weights can take more; we did not test it.
 #
 # ## The layers that no alpha reaches
 #
