@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["badge"]
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/awq_ablations.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/awq_ablations.ipynb) to read, or [work on its exercises in Colab](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/assignments/chronology/awq_ablations.ipynb)
 # # AWQ, part by part: scales, ranges, text, and GPTQ after it
 #
 # *Large Model Quantization: a deep dive. Chronology, companion of `awq_demo`.*
@@ -481,7 +481,8 @@ assert best_factor(w, pair, tried, coarse) == 1.0, (
 )
 print("Ranges follow the inputs.")
 ### BEGIN HIDDEN TESTS
-assert best_factor(w.double(), ignored.double(), tried, coarse) == 0.6
+found = best_factor(w.double(), ignored.double(), tried, coarse)
+assert found == 0.6, "the same in float64"
 ### END HIDDEN TESTS
 
 # %% [markdown] tags=["exercise-statement"]
@@ -538,7 +539,8 @@ assert (safe_round(mixed) - mixed).abs().max() <= 0.1 / 2 + 1e-6, (
     "15 steps, not 16: step = range / 15"
 )
 ### BEGIN HIDDEN TESTS
-assert (safe_round(torch.full((4,), 0.5)) - 0.5).abs().max() < 1e-6
+equal = safe_round(torch.full((4,), 0.5))
+assert (equal - 0.5).abs().max() < 1e-6, "equal weights: the range still holds 0"
 ### END HIDDEN TESTS
 
 # %% [markdown]

@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["badge"]
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/awq_demo.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/awq_demo.ipynb) to read, or [work on its exercises in Colab](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/assignments/chronology/awq_demo.ipynb)
 #
 # # AWQ: weights that meet large inputs get finer steps
 #
@@ -739,7 +739,8 @@ assert torch.isfinite(s).all() and s[1] == 1, (
 )
 print("scales:", [round(v, 3) for v in s.tolist()])
 ### BEGIN HIDDEN TESTS
-assert torch.allclose(s[[0, 2]], torch.tensor([2.0, 0.5]).sqrt())
+expected = torch.tensor([2.0, 0.5]).sqrt()
+assert torch.allclose(s[[0, 2]], expected), "silent channels stay out of the norm"
 ### END HIDDEN TESTS
 
 # %% [markdown] tags=["exercise-statement"]
@@ -805,7 +806,8 @@ print("The function is the same with and without grouped queries.")
 ### BEGIN HIDDEN TESTS
 V, b, P = torch.randn(2, 3, generator=seeded), torch.zeros(2), torch.ones(1, 8)
 new = fold_values(V, b, P, torch.tensor([2.0, 4.0]), 4, 1)
-assert torch.equal(new[2], torch.tensor([[2.0, 4.0] * 4]))
+expected = torch.tensor([[2.0, 4.0] * 4])
+assert torch.equal(new[2], expected), "four query heads read one key-value head"
 ### END HIDDEN TESTS
 
 # %% [markdown]

@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["badge"]
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/gptq_ablations.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/gptq_ablations.ipynb) to read, or [work on its exercises in Colab](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/assignments/chronology/gptq_ablations.ipynb)
 # # GPTQ, part by part: what calibration, order and grids are worth
 #
 # *Large Model Quantization: a deep dive. Chronology, companion of `gptq_demo`.*
@@ -660,7 +660,8 @@ assert not torch.equal(different, plain_codes), "correlated features move the er
 print(f"{(different != plain_codes).float().mean():.0%} of the codes changed")
 ### BEGIN HIDDEN TESTS
 for h in two_hessians(5):
-    assert torch.equal(h, h.T) and torch.linalg.eigvalsh(h).min() > 0
+    assert torch.equal(h, h.T), "a Hessian is symmetric"
+    assert torch.linalg.eigvalsh(h).min() > 0, "a Hessian has positive eigenvalues"
 assert torch.equal(h := two_hessians(5)[0], h.diagonal().diag()), "for *every* weight"
 ### END HIDDEN TESTS
 
@@ -740,8 +741,10 @@ assert abs(best_of(losses, 6) - 0.059) < 1e-9, "of all cuts: always the best one
 flattered = best_of(losses, 1) - best_of(losses, 3)
 print(f"the luckiest of three flatters by {flattered:.4f} nats")
 ### BEGIN HIDDEN TESTS
-assert best_of([0.3, 0.3, 0.3, 0.9], 2) == 0.3
-assert abs(best_of([0.5, 0.1, 0.9, 0.7], 2) - (3 * 0.1 + 2 * 0.5 + 0.7) / 6) < 1e-12
+assert best_of([0.3, 0.3, 0.3, 0.9], 2) == 0.3, "equal losses are different cuts"
+found = best_of([0.5, 0.1, 0.9, 0.7], 2)
+expected = (3 * 0.1 + 2 * 0.5 + 0.7) / 6
+assert abs(found - expected) < 1e-12, "the mean over all pairs, in any order"
 ### END HIDDEN TESTS
 
 # %% [markdown]

@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["badge"]
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/hqq_demo.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/hqq_demo.ipynb) to read, or [work on its exercises in Colab](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/assignments/chronology/hqq_demo.ipynb)
 #
 # # HQQ: a better zero point, found without data
 #
@@ -935,7 +935,7 @@ print(f"published constants: {reach(0.7, 10.0):.4f}")
 ### BEGIN HIDDEN TESTS
 for p, beta in ((0.1, 2.0), (0.7, 10.0), (1.5, 3.0)):
     edge = reach(p, beta)
-    assert abs(edge - edge ** (p - 1) / beta) < 1e-9
+    assert abs(edge - edge ** (p - 1) / beta) < 1e-9, f"p = {p}, beta = {beta}"
 ### END HIDDEN TESTS
 
 # %% [markdown] tags=["exercise-statement"]
@@ -986,7 +986,7 @@ Z2 = torch.rand(5, 1, generator=draw).double()
 q2 = (W2 / S2 + Z2).round().clamp(0, 3)
 best = turn(W2, S2, Z2, 3)
 error = (W2 - S2 * (q2 - best)).sum(1)
-assert error.abs().max() < 1e-9
+assert error.abs().max() < 1e-9, "with the best Z a group's errors add up to 0"
 ### END HIDDEN TESTS
 
 # %% [markdown] tags=["exercise-statement"]
@@ -1037,9 +1037,9 @@ print("words:", pack3(torch.arange(20)[:, None] % 8).flatten().tolist())
 ### BEGIN HIDDEN TESTS
 some = torch.randint(0, 8, (37, 5), generator=torch.Generator().manual_seed(0))
 words = pack3(some)
-assert words.shape == (4, 5)
+assert words.shape == (4, 5), "37 rows take 4 words, in each of 5 columns"
 back = torch.cat([(words >> (27 - 3 * i)) & 7 for i in range(10)])[:37]
-assert torch.equal(back.long(), some)
+assert torch.equal(back.long(), some), "the codes come back as others"
 ### END HIDDEN TESTS
 
 # %% [markdown]

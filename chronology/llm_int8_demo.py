@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["badge"]
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/llm_int8_demo.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/llm_int8_demo.ipynb) to read, or [work on its exercises in Colab](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/assignments/chronology/llm_int8_demo.ipynb)
 #
 # # LLM.int8(): eight bits, and the few features that will not fit
 #
@@ -704,7 +704,7 @@ plt.show()
 # The last step won little, so we look twice: at the paired difference, and on a second text (in the profile `quick` it is the
 # same one). We add a fourth method. **SmoothQuant** [@xiao2022smoothquant] keeps all features in integers. It divides
 # large features of the inputs by factors, and multiplies the weights' columns by the same factors beforehand. It finds the
-# factors on a calibration text. `foundations/dynamic_range` builds it; here it is the package's, with its standard
+# factors on a calibration text. `foundations/smoothing` builds it; here it is the package's, with its standard
 # settings and one short text.
 
 # %%

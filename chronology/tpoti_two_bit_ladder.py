@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["badge"]
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/tpoti_two_bit_ladder.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/tpoti_two_bit_ladder.ipynb) to read, or [work on its exercises in Colab](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/assignments/chronology/tpoti_two_bit_ladder.ipynb)
 # # The two-bit ladder: what it takes to make 2 bits usable
 #
 # *Large Model Quantization: a deep dive. Chronology, companion of `tpoti_demo`.*
@@ -294,8 +294,8 @@ grids = {
 
 
 def block_error(model, method):
-    """Mean relative squared error over the linear layers of the first block."""
-    layers = linear_layers(model.transformer.h[0])
+    """Mean relative squared error over linear layers of the first block."""
+    layers = linear_layers(model.transformer.h[0])[: profile.pick(quick=1, cpu=4)]
     errors = []
     for W in (layer.weight for layer in layers):
         back = method.quantize(W).dequantize()
@@ -747,7 +747,7 @@ coded = {
     "E8 lattice": grids["E8 lattice"],
 }
 rows = []
-for label, method in coded.items():
+for label, method in list(coded.items())[: profile.pick(quick=2, cpu=4)]:
     model = copy.deepcopy(dense)
     quantize_model(model, method)
     share, first = squeezed(model)
@@ -832,13 +832,15 @@ found = bits_per_weight(256, 256, 4, 8, 1)
 assert found != 2, "2 bits are the codes alone: codebook and scales are stored too"
 assert found != 2.0625, "the codebook is stored as well: 256 entries of 4 numbers"
 assert found != 2.25, "a scale of 16 bits for each row is missing"
-assert found == 2.3125
+assert found == 2.3125, "codes 2, the codebook 0.25, scales 0.0625"
 two = bits_per_weight(256, 256, 8, 8, 2)
 assert two != 2.5625, "each of the codebooks is stored: there are two"
 assert two == 3.0625, "two codes a vector, and two codebooks"
 ### BEGIN HIDDEN TESTS
-assert bits_per_weight(1024, 256, 4, 8, 1) == 2.125
-assert bits_per_weight(64, 128, 2, 4, 3) == 6 + (3 * 16 * 2 * 16 + 64 * 16) / 8192
+found = bits_per_weight(1024, 256, 4, 8, 1)
+assert found == 2.125, "in a larger matrix the same codebook weighs less"
+found = bits_per_weight(64, 128, 2, 4, 3)
+assert found == 6 + (3 * 16 * 2 * 16 + 64 * 16) / 8192, "three codebooks of 16 pairs"
 ### END HIDDEN TESTS
 
 # %% [markdown] tags=["exercise-statement"]
@@ -871,13 +873,14 @@ found = decode_stream([1, 0, 1, 1], [0, 10, 20, 30], 2, 1)
 assert len(found) != 2, "the windows overlap: move by n_bits, not by the whole window"
 assert len(found) == 3, "three windows of 2 bits lie within 4 bits"
 assert found != [10, 20, 30], "the first bit of a window is the highest"
-assert found == [20, 10, 30]
+assert found == [20, 10, 30], "the windows are 10, 01 and 11"
 squares = [i * i for i in range(16)]
 assert decode_stream([0, 1, 1, 0, 1, 1], squares, 4, 2) == [36, 121], "move by 2 bits"
 ### BEGIN HIDDEN TESTS
 eighth = [0, 1, 4, 9, 16, 25, 36, 49]
-assert decode_stream([1, 1, 1], eighth, 3, 1) == [49]
-assert decode_stream([1, 0, 0, 0, 1, 1, 0], eighth, 3, 2) == [16, 1, 36]
+assert decode_stream([1, 1, 1], eighth, 3, 1) == [49], "one window, one weight"
+found = decode_stream([1, 0, 0, 0, 1, 1, 0], eighth, 3, 2)
+assert found == [16, 1, 36], "windows 100, 001 and 110"
 ### END HIDDEN TESTS
 
 # %% [markdown] tags=["exercise-statement"]
@@ -908,25 +911,18 @@ def nearest_half(x):
 
 
 # %% tags=["exercise-tests"]
-assert nearest_half(torch.full((8,), 0.5)).tolist() == [0.5] * 8
+found = nearest_half(torch.full((8,), 0.5))
+assert found.tolist() == [0.5] * 8, "half-integers with an even sum stay as they are"
 probe = torch.tensor([0.6, 1.3, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5])  # rounds to an odd sum
 found = nearest_half(probe)
 assert found.sum() % 2 == 0, "the sum has to be even: one number goes elsewhere"
 assert found[0] == 0.5, "move the number with the largest rounding error, here 1.3"
 assert found[1] != 2.5, "towards where it came from: 1.3 lies below 1.5"
-assert found.tolist() == [0.5] * 8
+assert found.tolist() == [0.5] * 8, "one number moves, all others stay"
 ### BEGIN HIDDEN TESTS
 probe = torch.tensor([-0.1, 0.7, 1.4, -1.6, 0.4, -0.8, 0.5, 2.6])
-assert nearest_half(probe.clone()).tolist() == [
-    0.5,
-    0.5,
-    1.5,
-    -1.5,
-    0.5,
-    -0.5,
-    0.5,
-    2.5,
-]
+expected = [0.5, 0.5, 1.5, -1.5, 0.5, -0.5, 0.5, 2.5]
+assert nearest_half(probe).tolist() == expected, "-0.1 is the worst: it goes up to 0.5"
 ### END HIDDEN TESTS
 
 # %% [markdown] tags=["exercise-statement"]
@@ -967,13 +963,14 @@ _, moved = turn(points, start, heavy)
 assert moved[0].tolist() != [1, 0], (
     "the mean has to be weighted: the first counts three times"
 )
-assert moved[0].tolist() == [0.5, 0]
+assert moved[0].tolist() == [0.5, 0], "(3 * 0 + 1 * 2) / 4 in the first column"
 x, two = torch.tensor([[2.0, 0]]), torch.tensor([[0.0, 0], [2, 3]])
 codes, _ = turn(x, two, torch.tensor([[5.0, 0.1]]))
 assert codes.tolist() == [1], "the weights count for which entry is nearest, too"
 ### BEGIN HIDDEN TESTS
 codes, moved = turn(x.double(), two.double(), torch.tensor([[0.1, 5.0]]).double())
-assert codes.tolist() == [0] and moved.tolist() == [[2, 0], [2, 3]]
+assert codes.tolist() == [0], "the first column hardly counts here: entry 0 is nearest"
+assert moved.tolist() == [[2, 0], [2, 3]], "entry 0 becomes the mean of its vectors"
 ### END HIDDEN TESTS
 
 # %% [markdown]

@@ -6,11 +6,11 @@ import pytest
 from offline import Offline
 
 from course_utils.tools.notebooks.pairs import Notebook
-from course_utils.tools.notebooks.standard_cells import SETUP, badge
+from course_utils.tools.notebooks.standard_cells import SETUP, first_line
 
 NAME = "chronology/sample"
 CELLS = {
-    "badge": f'# %% [markdown] tags=["badge"]\n# {badge(NAME)}\n#\n# # A sample',
+    "badge": f'# %% [markdown] tags=["badge"]\n# {first_line(NAME, exercises=True)}\n#\n# # A sample',
     "setup": f'# %% tags=["setup"]\n{SETUP}',
     "imports": "# %%\nimport os\n\nfrom course_utils import cache",
     "parameters": '# %% tags=["parameters"]\nPROFILE = "auto"\nSEED = 0',

@@ -362,7 +362,7 @@ def test_the_readme_has_the_same_badge(built):
 
 
 def revisions(nb: nbformat.NotebookNode) -> list[str]:
-    """The revisions that a notebook names: its badge's, then its set-up cell's."""
+    """The revisions that a notebook names: its badge's, its student version's, its set-up cell's."""
     ((badge_cell,), (setup,)) = (tagged(nb, tag) for tag in ("badge", "setup"))
     return [
         *re.findall(rf"/github/{REPOSITORY}/blob/(.+?)/\w+/\w+\.ipynb", badge_cell.source),
@@ -372,9 +372,9 @@ def revisions(nb: nbformat.NotebookNode) -> list[str]:
 
 @pytest.mark.parametrize("notebook", find_notebooks(ROOT), ids=lambda notebook: notebook.name)
 def test_badge_and_set_up_cell_of_every_notebook_are_of_one_revision(notebook):
-    assert revisions(from_script(notebook)) == [REVISION, REVISION]
+    assert revisions(from_script(notebook)) == [REVISION, "assignments", REVISION]
     if notebook.ipynb.exists():  # else `course check` asks for it
-        assert revisions(building.read(notebook)) == [REVISION, REVISION]
+        assert revisions(building.read(notebook)) == [REVISION, "assignments", REVISION]
 
 
 def test_a_release_has_one_line_to_change(sample, monkeypatch):
@@ -382,7 +382,7 @@ def test_a_release_has_one_line_to_change(sample, monkeypatch):
     released = runpy.run_path(standard_cells.__file__)
     text = released["write_standard_cells"](script(), NAME)
     sample.script.write_text(text, encoding="utf-8")
-    assert revisions(from_script(sample)) == ["v1.2.3", "v1.2.3"]
+    assert revisions(from_script(sample)) == ["v1.2.3", "assignments", "v1.2.3"]
     assert text.replace("v1.2.3", REVISION) == script()
 
 

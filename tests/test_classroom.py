@@ -470,7 +470,7 @@ def test_defect_assignments_were_made_only_in_an_activated_environment(
 def test_defect_assignments_that_were_not_made_told_no_reason(course, tmp_path):
     names = classroom.write_sources([course], tmp_path, SECRET)
     (tmp_path / "source" / "sample" / "sample.ipynb").write_text("{")
-    with pytest.raises(CourseError, match="could not make the assignment sample: .*JSON"):
+    with pytest.raises(CourseError, match=r"could not make the assignment sample: .*JSON"):
         grading.generate(tmp_path, names)
 
 

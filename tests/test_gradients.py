@@ -22,9 +22,18 @@ SETTINGS = {  # beside the defaults: all that treats inputs otherwise, and width
     "sparsegpt": [{}, {"sparsity": "2:4"}],
     "wanda": [{}, {"sparsity": "2:4"}],
 }  # fmt: skip
-# of the decoded and the float weight; three values are coarse, and so is half of the weights
-COSINE = {"bitnet": 0.85, "magnitude": 0.9, "sparse_gptq": 0.8, "sparsegpt": 0.8, "wanda": 0.9}
-METHODS = [(name, given) for name in method_names() for given in SETTINGS.get(name, [{}])]
+# of the decoded and the float weight: two bits and fewer are coarse, and so is half of the weights
+COSINE = {
+    "bitnet": 0.85, "e8p": 0.9, "magnitude": 0.9, "sparse_gptq": 0.8, "sparsegpt": 0.8, "trellis": 0.9,
+    "ultra_low": 0.75, "vector": 0.9, "wanda": 0.9,
+}  # fmt: skip
+# learned_rounding learns whole blocks; what it stores is affine's
+METHODS = [
+    (name, given)
+    for name in method_names()
+    if name != "learned_rounding"
+    for given in SETTINGS.get(name, [{}])
+]
 EACH = pytest.mark.parametrize(("name", "given"), METHODS, ids=str)
 
 

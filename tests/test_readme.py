@@ -19,7 +19,7 @@ SECTIONS = (
 )  # fmt: skip
 NOTEBOOKS = (
     "foundations/linear_mapping", "foundations/integer_arithmetic", "foundations/dynamic_range",
-    "foundations/mixed_precision", "foundations/ptq_vs_qat",
+    "foundations/smoothing", "foundations/mixed_precision", "foundations/ptq_vs_qat",
     "foundations/packed_kernels", "chronology/llm_int8_demo", "chronology/gptq_demo",
     "chronology/gptq_ablations", "chronology/awq_demo", "chronology/awq_ablations",
     "chronology/nf4_demo", "chronology/nf4_qlora", "chronology/hqq_demo",

@@ -8,6 +8,7 @@ import torch
 from course_utils.kernels import pack_trits
 from course_utils.plotting.ternary import (
     estimates,
+    gaps_by_size,
     latent_weights,
     signed_sum,
     trits_in_bytes,
@@ -54,6 +55,17 @@ def test_bytes_are_those_of_the_package_and_the_first_is_unpacked():
     assert [step.split("trit ")[1] for step in steps] == names
     with pytest.raises(ValueError, match=r"got \(5,\): pass 20"):
         trits_in_bytes(trits[:5])
+
+
+def test_gaps_are_dots_and_a_mean_where_a_size_has_several_pairs():
+    axis = gaps_by_size({1_000_000: [0.1, 0.2, 0.3], 2_500_000: [0.05]}).axes[0]
+    dots = [line.get_ydata().tolist() for line in axis.lines if line.get_marker() == "o"]
+    assert dots == [[0.1, 0.2, 0.3], [0.05]]
+    ((mean, _, (bar,)),) = axis.containers
+    assert mean.get_ydata().tolist() == pytest.approx([0.2])
+    low, high = bar.get_segments()[0][:, 1]
+    assert high - low == pytest.approx(2 * 0.1 / 3**0.5)  # one standard error on each side
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1.0 M", "2.5 M"]
 
 
 def test_shares_of_codes_stand_in_the_legend():

@@ -76,6 +76,31 @@ def twin_curves(
 
 
 @styled
+def gaps_by_size(gaps: Mapping[int, Sequence[float]]) -> Figure:
+    """What twins differ by in nats, over their size: a dot for each pair, the mean where there are several.
+
+    `gaps[parameters]` holds the differences of the pairs of that size. Bars are one standard error of the
+    mean. For `chronology/bitnet_demo`.
+    """
+    figure, axis = new_figure(height=3.2)
+    for parameters, found in gaps.items():
+        axis.plot([parameters] * len(found), found, "o", color=COLOURS["sky"], markersize=5)
+        if len(found) > 1:
+            pairs = torch.tensor(found, dtype=torch.float64)
+            error = (pairs.std() / len(found) ** 0.5).item()
+            axis.errorbar([parameters], [pairs.mean().item()], yerr=error, fmt="_", markersize=22,
+                          capsize=5, color=COLOURS["red"])  # fmt: skip
+    axis.axhline(0, color="black", linewidth=1)
+    axis.set_xscale("log")
+    axis.set_xlim(min(gaps) / 1.5, max(gaps) * 1.5)
+    axis.set_xticks(list(gaps), [f"{parameters / 1e6:.1f} M" for parameters in gaps])
+    axis.minorticks_off()
+    axis.set_xlabel("parameters")
+    axis.set_ylabel("ternary less float\n(nats per token)")
+    return figure
+
+
+@styled
 def signed_sum(x: Tensor, trits: Tensor) -> Figure:
     """One output of a ternary layer: int8 codes `x` `[n]` go to the sum of +1, of -1, or nowhere.
 

@@ -42,7 +42,8 @@ class E8P(HessianMethod):
     """The nearest points of QuIP#'s lattice; inputs stay float.
 
     `compensate`: codes are chosen by the column loop of GPTQ, 8 columns a step, so that later columns make
-    up for errors (QuIP#'s block LDLQ); it takes calibration. `damping`: share of the Hessian's mean diagonal
+    up for errors. As in QuIP#'s block LDLQ, a step takes the nearest points, as if errors in its 8 columns
+    counted alike and did not add up. It takes calibration. `damping`: share of the Hessian's mean diagonal
     that is added to it. `scale_dtype`: how the rows' scales are stored.
     """
 

@@ -4,7 +4,8 @@ Xiao et al. 2023, "SmoothQuant: Accurate and Efficient Post-Training Quantizatio
 Models", arXiv 2211.10438, equations 3 and 4. A feature with large values stretches the steps of the
 inputs, and weights are flat: so feature j of the inputs is divided by s_j, and column j of the weight
 multiplied by it. As in the authors' code, the division is folded into the norm in front of the layers,
-and only layers that read a norm are smoothed (attention's q, k, v and the first of the MLP).
+and only layers that read a norm are smoothed (attention's q, k, v and the first of the MLP). Built step
+by step in `foundations/smoothing`.
 """
 
 from dataclasses import dataclass

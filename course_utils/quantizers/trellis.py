@@ -57,8 +57,10 @@ class Trellis(HessianMethod):
 
     `state_bits`: time grows with the number of states, and so does what a window can say; QTIP's is 16.
     `compensate`: tiles are chosen by the column loop of GPTQ, 16 columns a step, so that later columns make
-    up for errors; it takes calibration. `damping`: share of the Hessian's mean diagonal that is added to it.
-    `scale_dtype`: how the rows' scales are stored.
+    up for errors. As in QTIP, a step takes the nearest path, as if errors in its 16 columns counted alike and
+    did not add up: where inputs differ much or go together within a step, the loop can lose by it. It takes
+    calibration. `damping`: share of the Hessian's mean diagonal that is added to it. `scale_dtype`: how the
+    rows' scales are stored.
     """
 
     n_bits: int = 2

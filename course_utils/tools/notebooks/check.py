@@ -16,7 +16,7 @@ from course_utils.tools.notebooks.folding import folding_problems, is_folded
 from course_utils.tools.notebooks.pairs import Notebook, from_script, tagged, tags
 from course_utils.tools.notebooks.reader import readers_version
 from course_utils.tools.notebooks.stamps import stamp
-from course_utils.tools.notebooks.standard_cells import SETUP, badge
+from course_utils.tools.notebooks.standard_cells import SETUP, first_line
 from course_utils.tools.notebooks.students import leaks
 
 MAX_LINES, MAX_LINES_EXERCISE, MAX_COLUMNS = 26, 40, 88  # lines that are not blank
@@ -81,7 +81,8 @@ def _standard_cell_problems(nb: NotebookNode, notebook: Notebook) -> list[str]:
     if "badge" not in tags(nb.cells[0]):
         problems.append("the first cell is not the one tagged `badge`")
     for cell in tagged(nb, "badge"):
-        if cell.source.splitlines()[:1] != [badge(notebook.name)]:
+        exercises = any(tag.startswith("exercise") for cell in nb.cells for tag in tags(cell))
+        if cell.source.splitlines()[:1] != [first_line(notebook.name, exercises)]:
             problems.append(f"the badge is not this notebook's: {remedy}")
         if not any(line.startswith("# ") for line in cell.source.splitlines()):
             problems.append("the cell tagged `badge` holds no title: write one below the badge")

@@ -4,6 +4,8 @@ import re
 
 from course_utils import REPOSITORY, REVISION, __version__
 
+ASSIGNMENTS = "assignments"  # the branch that `course release-assignments` is meant to be pushed as
+
 SETUP = f'''\
 # Set-up: installs the course's package where it is missing, as on Colab.
 import importlib.metadata
@@ -41,20 +43,32 @@ if course_utils.__version__ != VERSION:
 '''
 
 
-def badge(name: str) -> str:
+def colab(name: str, branch: str = REVISION) -> str:
+    """The address that opens the notebook `<folder>/<name>` of a branch in Colab."""
+    return f"https://colab.research.google.com/github/{REPOSITORY}/blob/{branch}/{name}.ipynb"
+
+
+def badge(name: str, branch: str = REVISION) -> str:
     """The Open-in-Colab badge of the notebook `<folder>/<name>`, in markdown."""
     image = "https://colab.research.google.com/assets/colab-badge.svg"
-    page = f"https://colab.research.google.com/github/{REPOSITORY}/blob/{REVISION}/{name}.ipynb"
-    return f"[![Open in Colab]({image})]({page})"
+    return f"[![Open in Colab]({image})]({colab(name, branch)})"
+
+
+def first_line(name: str, exercises: bool) -> str:
+    """A notebook's first line: its badge, and the way to its student version if it has `exercises`."""
+    if not exercises:
+        return badge(name)
+    return f"{badge(name)} to read, or [work on its exercises in Colab]({colab(name, ASSIGNMENTS)})"
 
 
 def write_standard_cells(script: str, name: str) -> str:
     """The text of a script with the set-up cell and the badge as they are defined here.
 
-    The set-up cell is the one tagged `setup`, the badge the first line of the one tagged `badge`; a
+    The set-up cell is the one tagged `setup`, the badges the first line of the one tagged `badge`; a
     script without them is returned as it is, and `course check` asks for them.
     """
-    lines = ["# " + badge(name), *_lines_of(script, "badge")[1:]]
+    first = first_line(name, bool(re.search(r'^# %%.*"exercise', script, re.M)))
+    lines = ["# " + first, *_lines_of(script, "badge")[1:]]
     script = _replace_cell(script, "badge", "\n".join(lines) + "\n")
     return _replace_cell(script, "setup", SETUP)
 

@@ -27,8 +27,8 @@ from course_utils.tools.notebooks.exercises import (
 )
 from course_utils.tools.notebooks.folding import fold
 from course_utils.tools.notebooks.pairs import KERNEL, tagged, tags
+from course_utils.tools.notebooks.standard_cells import ASSIGNMENTS, badge
 
-BRANCH = "assignments"  # where `course release-assignments` is meant to be pushed
 COLUMNS = 88
 # What stands in the place of a module that an exercise refuses. Names that begin with __ are asked for by
 # Python itself, for tracebacks and imports, and are simply not there.
@@ -111,13 +111,6 @@ def stub_of(cell: NotebookNode, exercise: Exercise) -> str:
     return without_hidden_tests(cell) if "exercise-tests" in tags(cell) else cell.source
 
 
-def student_badge(name: str) -> str:
-    """The Open-in-Colab badge of the student version of the notebook `<folder>/<name>`, in markdown."""
-    image = "https://colab.research.google.com/assets/colab-badge.svg"
-    page = f"https://colab.research.google.com/github/{REPOSITORY}/blob/{BRANCH}/{name}.ipynb"
-    return f"[![Open in Colab]({image})]({page})"
-
-
 def leaks(nb: NotebookNode) -> list[str]:
     """What a student version's opening hands over, one sentence each; empty if nothing is."""
     exercises = exercises_of(nb)
@@ -141,8 +134,8 @@ def leaks(nb: NotebookNode) -> list[str]:
 
 def _head(nb: NotebookNode, name: str, exercises: list[Exercise]) -> NotebookNode:
     """The first cell: the student version's own badge, the notebook's title, and what this is."""
-    badge = next(iter(tagged(nb, "badge")), None)
-    titles = re.findall(r"^# .*$", badge.source, re.M) if badge else []
+    head = next(iter(tagged(nb, "badge")), None)
+    titles = re.findall(r"^# .*$", head.source, re.M) if head else []
     page = f"https://github.com/{REPOSITORY}/blob/{REVISION}/{name}.ipynb"
     rows = [
         f"| {e.number}. {e.title} | {e.difficulty}/5 | {e.minutes} | {e.points} |"
@@ -163,7 +156,7 @@ def _head(nb: NotebookNode, name: str, exercises: list[Exercise]) -> NotebookNod
         else "",
     )
     title = titles[0] if titles else f"# {name}"
-    return _new_cell("markdown", f"{student_badge(name)}\n\n{title}\n\n{about}", ["badge"])
+    return _new_cell("markdown", f"{badge(name, ASSIGNMENTS)}\n\n{title}\n\n{about}", ["badge"])
 
 
 def _opening(nb: NotebookNode) -> list[NotebookNode]:
