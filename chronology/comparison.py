@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["badge"]
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/comparison.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/main/chronology/comparison.ipynb) to read, or [work on its exercises in Colab](https://colab.research.google.com/github/adiel2012/model-size-reduction/blob/assignments/chronology/comparison.ipynb)
 #
 # # The methods side by side: one protocol, six questions
 #
@@ -264,6 +264,7 @@ def line(name):
 forms = {"bits": ".3f", "retention": ".1%", "KL": ".4f", "same top token": ".1%"}
 table([line(f"affine_{w}") for w in ("w8", "w4g64", "w3g64", "w2g64")], forms)
 
+
 # %% tags=["folded"]
 # Record every row, for the text and for the README.
 def keep(key, value, unit="", tolerance=1e-3):
@@ -331,6 +332,7 @@ table(
     ],
     {"bits": ".3f"},
 )
+
 
 # %% tags=["folded"]
 # Record what the text says of 4 bits, at equal bytes and in all.
@@ -647,7 +649,8 @@ _, error = paired([1, 2, 6], [1, 2, 6], [3, 3, 3])
 assert error == 0, "in pairs: equal models differ by nothing, without any error"
 ### BEGIN HIDDEN TESTS
 mean, error = paired([4, 0, 2], [1, 0, 0], [2, 1, 2])
-assert abs(mean - 1) < 1e-9 and abs(error - (1.5 * 2) ** 0.5 / 5) < 1e-9
+assert abs(mean - 1) < 1e-9, "5 nats over 5 tokens"
+assert abs(error - (1.5 * 2) ** 0.5 / 5) < 1e-9, "residuals 1, -1 and 0"
 ### END HIDDEN TESTS
 
 # %% [markdown] tags=["exercise-statement", "refuses:course_utils.plotting.ladder"]
@@ -665,6 +668,7 @@ def front(points):
     Example: {"a": (4, 0.1), "b": (4, 0.2), "c": (2, 0.5)} gives ["c", "a"].
     Hint: of equal points none beats the other, so both stay, in the order given.
     """
+
     ### BEGIN SOLUTION
     def beaten(bits, nats):
         return any(
@@ -683,12 +687,12 @@ found_front = front(small)
 assert "b" not in found_front, "b has the bits of a and loses more: it is beaten"
 assert "c" in found_front, "c loses more than a, but no row of its bits loses less"
 assert found_front != ["a", "c"], "sort by bits: the smallest first"
-assert found_front == ["c", "a"]
+assert found_front == ["c", "a"], "two rows are on the front: c and a"
 twins = {"x": (3, 0.3), "y": (3, 0.3)}
 assert front(twins) == ["x", "y"], "equal points beat each other in nothing: both stay"
 ### BEGIN HIDDEN TESTS
 many = {"p": (8, 0.0), "q": (4, 0.1), "r": (5, 0.1), "s": (3, 0.4), "t": (3.5, 0.5)}
-assert front(many) == ["s", "q", "p"]
+assert front(many) == ["s", "q", "p"], "r and t are beaten, by q and by s"
 ### END HIDDEN TESTS
 
 # %% [markdown] tags=["exercise-statement", "refuses:course_utils.evaluation.leaderboard"]
@@ -726,8 +730,9 @@ tied = tau([1, 2, 2], [1, 2, 3])
 assert tied != 1, "a tied pair counts for neither"
 assert abs(tied - 2 / 3) < 1e-9, "a tied pair stays among all pairs"
 ### BEGIN HIDDEN TESTS
-assert abs(tau([4, 1, 3, 2], [4, 2, 1, 3]) - 1 / 3) < 1e-9
-assert abs(tau([0.1, 0.4, 0.2, 0.9, 0.5], [1, 2, 3, 5, 4]) - 0.8) < 1e-9
+assert abs(tau([4, 1, 3, 2], [4, 2, 1, 3]) - 1 / 3) < 1e-9, "4 pairs agree, 2 do not"
+value = tau([0.1, 0.4, 0.2, 0.9, 0.5], [1, 2, 3, 5, 4])
+assert abs(value - 0.8) < 1e-9, "one of ten pairs changes places"
 ### END HIDDEN TESTS
 
 # %% [markdown]

@@ -751,6 +751,7 @@ print("50 rows: our clips are the package's")
 #
 # SmolLM2's file holds 4-bit codes, and their grid would favour min-max. We take `smollm2-135m-dithered`: the same weights with seeded noise inside each cell of that grid, except in the few columns with the largest inputs (`linear_mapping` measures what the noise costs). It gets 4 bits, and course-lm 3.
 
+
 # %%
 def few_bits(name):
     return 3 if name == "course-lm" else 4

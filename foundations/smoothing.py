@@ -380,6 +380,7 @@ made = variants_of(planted, maxima["planted"], ALPHAS)
 kept = {label: m for (kind, label), m in made.items() if kind == "static"}
 of_planted = compare_all(kept, small.model, small_text)
 
+
 # %%
 def show(found):
     rows = []
@@ -393,6 +394,7 @@ def show(found):
 
 
 show(of_planted)
+
 
 # %% tags=["folded"]
 # Record the sweep on planted outliers.

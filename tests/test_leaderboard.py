@@ -142,7 +142,9 @@ def test_an_error_from_sums_is_that_over_documents(seed, count):
     assert found.error == pytest.approx(expected.error)
 
 
-@given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=2, max_size=12, unique=True))
+@given(
+    st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=2, max_size=12, unique=True)
+)
 @settings(max_examples=40, deadline=None)
 def test_kendall_is_scipys_without_ties(pairs):
     a, b = (torch.tensor(side, dtype=torch.float64) for side in zip(*pairs, strict=True))

@@ -13,7 +13,7 @@ MUTANTS = {
     2: [
         ("the best alone", "n <= nats and (b < bits or n < nats)", "n <= nats"),
         ("not sorted", "sorted(kept, key=lambda name: points[name][0])", "kept"),
-        ("one number is enough", "b <= bits and n <= nats and (b < bits or n < nats)", "b < bits or n < nats"),
+        ("one is enough", "b <= bits and n <= nats and (b < bits or n < nats)", "b < bits or n < nats"),
     ],
     3: [
         ("pairs in the same order alone", "(product > 0) - (product < 0)", "product > 0"),

@@ -35,7 +35,9 @@ def codes_of_tokens(x: Tensor, codes: Mapping[str, Tensor]) -> Figure:
         canvas(axis, matrix.shape[1], len(matrix))
         axis.set_title(title, fontsize=9)
         reach = max(float(matrix.abs().max()), 1.0)
-        norm = SymLogNorm(1.0, vmin=-reach, vmax=reach)  # one huge value leaves colour to the others
+        norm = SymLogNorm(
+            1.0, vmin=-reach, vmax=reach
+        )  # one huge value leaves colour to the others
         for i, row in enumerate(matrix.tolist()):
             for j, value in enumerate(row):
                 text = signed(value, digits if abs(value) < 100 else 0)
