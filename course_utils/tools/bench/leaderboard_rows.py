@@ -54,7 +54,7 @@ ROWS = (
         "ultra_low_w1g64",
         "ultra_low:n_bits=1,group_size=64",
         "signs, a scale for 64",
-        DECODED,
+        PACKED,
         "nearest",
     ),
     Entry(
