@@ -494,7 +494,7 @@ for name in timed:
 # %% [markdown]
 # In the recorded run the 4-bit rows with packed codes run at {{comparison.affine_w4g64.times_as_fast:.2f}} times the speed of float32, and LLM.int8() at {{comparison.llm_int8.times_as_fast:.2f}} times. So nothing is faster than float here, and the usual
 # answer fails on this model. Its layers are so small that their float weights lie in the processor's cache: there is no reading to save, and unpacking costs. `packed_kernels` shows a matrix of 4096 x 4096, where the same kernel is several times
-# as fast as float32. Two points stay true. What is decoded before each product is always slow. And the algorithm does not matter: GPTQ's codes run as fast as rounded ones.
+# as fast as float32. Two points stay true. What is decoded before each product is always slow. And the algorithm does not matter: GPTQ's codes go to the same kernel as rounded ones.
 #
 # ## 6. Which handles activations best?
 #
@@ -518,7 +518,7 @@ for name in eight[1:]:
 
 # %% [markdown]
 # In the recorded run LLM.int8() loses {{comparison.llm_int8.more:+.4f}} ± {{comparison.llm_int8.more_error:.4f}} nats more than the control, whose inputs stay float, and SmoothQuant {{comparison.smoothquant.more:+.4f}} ±
-# {{comparison.smoothquant.more_error:.4f}}. That is less than anything that happens at 4 bits. course-lm has no outliers among its inputs, so there is nothing to handle, and the question cannot be answered on it. `dynamic_range` and `llm_int8_demo` answer it on
+# {{comparison.smoothquant.more_error:.4f}}. That is less than anything that happens at 4 bits. course-lm has no outliers among its inputs, so there is nothing to handle, and the question cannot be answered on it. `dynamic_range`, `smoothing` and `llm_int8_demo` answer it on
 # SmolLM2, where one static range breaks the model, and a range for every token with large features kept apart does not.
 #
 # ## Does the ranking hold on another text?
@@ -584,7 +584,7 @@ else:
 # | least loss, 4 bits | GPTQ, AWQ | GPTQ; AWQ behind it | no large inputs for AWQ to protect |
 # | fastest to quantize | HQQ, NF4 | nearest, NF4, HQQ | as expected |
 # | no calibration text | NF4, HQQ | NF4 by its bits; the price grows below 4 bits | as expected |
-# | least memory | BitNet and below | 2 bits, if its nats are borne; the embedding stays | a small model is mostly embedding |
+# | least memory | BitNet and below | 2 bits, if its nats are borne; the embedding stays | the float embedding is a quarter of this model |
 # | best on a CPU | BitNet, INT8 | float32 | the layers fit into the cache |
 # | activations | LLM.int8(), SmoothQuant, AWQ | cannot be told | no outliers in this model |
 #
